@@ -163,18 +163,18 @@ class Causal(Mask):
 @dataclass(frozen=True)
 class Documents(Mask):
     lengths: tuple[int, ...] = field(repr=False)
-    causal: bool
+    is_causal: bool  # not "causal": the constructor of that name would become its default
     size: int | None
     _hash: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_hash", hash((self.lengths, self.causal, self.size)))
+        object.__setattr__(self, "_hash", hash((self.lengths, self.is_causal, self.size)))
 
     def __hash__(self) -> int:
         return self._hash  # thousands of lengths are hashed once, not at every look-up of a plan
 
     def __repr__(self) -> str:
-        return f"Documents({len(self.lengths)} of {sum(self.lengths)} tokens, causal={self.causal}, window={self.size})"
+        return f"Documents({len(self.lengths)} of {sum(self.lengths)} tokens, causal={self.is_causal}, window={self.size})"
 
     def check(self, q_len: int, k_len: int) -> None:
         total = sum(self.lengths)
@@ -187,7 +187,7 @@ class Documents(Mask):
     def _visible(self, q: Tensor, k: Tensor) -> Tensor:
         ends = torch.tensor(self.lengths, dtype=torch.int64, device=q.device).cumsum(0)
         seen = torch.searchsorted(ends, q.contiguous(), right=True) == torch.searchsorted(ends, k.contiguous(), right=True)
-        if self.causal:
+        if self.is_causal:
             seen = seen & (k <= q)
         return seen if self.size is None else seen & ((q - k).abs() < self.size)
 
@@ -195,7 +195,7 @@ class Documents(Mask):
         ends = np.cumsum(np.asarray(self.lengths, dtype=np.int64))
         starts = ends - np.asarray(self.lengths, dtype=np.int64)
         reach = UNBOUNDED if self.size is None else self.size - 1
-        lo, hi = np.full_like(starts, -reach), np.full_like(starts, 0 if self.causal else reach)
+        lo, hi = np.full_like(starts, -reach), np.full_like(starts, 0 if self.is_causal else reach)
         return Bands(np.stack([starts, ends, starts, ends, lo, hi], axis=1))
 
 
