@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ringflash.testing.rank_pool import RankFailure, RankPool
+from ringflash.testing.rank_pool import RankError, RankPool
 
 Ranks = Callable[[int], RankPool]
 
@@ -59,7 +59,7 @@ def test_values_come_back_by_rank(ranks: Ranks, world: int) -> None:
 
 def test_an_error_carries_the_ranks_traceback_and_the_pool_recovers(ranks: Ranks) -> None:
     pool = ranks(4)
-    with pytest.raises(RankFailure, match="rank 2: Traceback(.|\n)*ValueError: wrong on rank 2"):
+    with pytest.raises(RankError, match=r"rank 2: Traceback(.|\n)*ValueError: wrong on rank 2"):
         pool.run(raise_on_one, 2)
     assert pool.run(pass_on, 3) == [3, 0, 1, 2]
 
@@ -80,7 +80,7 @@ def test_a_stall_ends_in_time_and_the_others_values_are_kept(ranks: Ranks) -> No
     assert pool.run(pass_on, 3) == [1, 0]
 
 
-def test_work_that_does_not_pickle_is_refused_before_anything_starts() -> None:
+def test_work_without_a_name_is_refused_before_anything_starts() -> None:
     pool = RankPool(2)
     with pytest.raises(TypeError, match="module's own function"):
         pool.run(lambda rank: rank)

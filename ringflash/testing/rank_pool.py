@@ -7,10 +7,13 @@ next call would then read its messages. The next call starts a fresh pool by its
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import multiprocessing
 import os
 import pickle
 import shutil
+import sys
 import tempfile
 import time
 import traceback
@@ -18,7 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
-from typing import Any
+from typing import Any, NamedTuple
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["numpy", "torch", "torch.distributed", "torch.distributed.device_mesh", "pytest"])
@@ -37,7 +40,7 @@ class Outcome:
     """False when the rank was killed because it had not answered in time."""
 
 
-class RankFailure(AssertionError):
+class RankError(AssertionError):
     """At least one rank of a pool raised, died or did not answer; ``outcomes`` holds every rank's answer."""
 
     def __init__(self, outcomes: list[Outcome]) -> None:
@@ -45,6 +48,31 @@ class RankFailure(AssertionError):
         # The ranks that raised say why; those that waited for them in vain only say that they waited.
         failed = sorted((o for o in outcomes if o.error is not None), key=lambda o: (not o.answered, o.rank))
         super().__init__("\n".join(f"rank {o.rank}: {o.error}" for o in failed))
+
+
+class _Work(NamedTuple):
+    """A module's function by name, and where the module lies: pytest's importlib mode loads test files that nobody can import."""
+
+    module: str
+    file: str | None
+    function: str
+    arguments: bytes
+
+    @classmethod
+    def of(cls, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Work:
+        module = sys.modules.get(function.__module__)
+        if getattr(module, function.__qualname__, None) is not function:
+            raise TypeError(f"ranks find their work by its name: {function} must be a module's own function")
+        return cls(function.__module__, getattr(module, "__file__", None), function.__qualname__, pickle.dumps((args, kwargs)))
+
+    def run(self, rank: int) -> Any:
+        if self.module not in sys.modules and self.file is not None:
+            spec = importlib.util.spec_from_file_location(self.module, self.file)
+            assert spec is not None and spec.loader is not None
+            sys.modules[self.module] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(sys.modules[self.module])
+        args, kwargs = pickle.loads(self.arguments)
+        return getattr(sys.modules[self.module], self.function)(rank, *args, **kwargs)
 
 
 def _serve(rank: int, world: int, backend: str, init_file: str, connection: Connection, timeout_s: float) -> None:
@@ -79,9 +107,8 @@ def _serve(rank: int, world: int, backend: str, init_file: str, connection: Conn
         if not message:
             break
         try:
-            function, args, kwargs = pickle.loads(message)
             torch.manual_seed(0)
-            answer = pickle.dumps(Outcome(rank, value=function(rank, *args, **kwargs)))
+            answer = pickle.dumps(Outcome(rank, value=pickle.loads(message).run(rank)))
         except BaseException:
             answer = pickle.dumps(Outcome(rank, error=traceback.format_exc()))
         connection.send_bytes(answer)
@@ -107,12 +134,12 @@ class RankPool:
     def run(self, function: Callable[..., Any], *args: Any, timeout_s: float = 120.0, **kwargs: Any) -> list[Any]:
         """``function(rank, *args, **kwargs)`` on every rank; returns the values by rank.
 
-        function must be a module's own function and everything given or returned must pickle. Raises RankFailure, with every
+        function must be a module's own function and everything given or returned must pickle. Raises RankError, with every
         failed rank's traceback, when one raises, dies, or has not answered after ``timeout_s``.
         """
         outcomes = self.outcomes(function, *args, timeout_s=timeout_s, **kwargs)
         if any(o.error is not None for o in outcomes):
-            raise RankFailure(outcomes)
+            raise RankError(outcomes)
         return [o.value for o in outcomes]
 
     def outcomes(
@@ -122,10 +149,7 @@ class RankPool:
 
         grace_s: how long the others may still run after the first failure (they may be waiting for the failed one).
         """
-        try:
-            message = pickle.dumps((function, args, kwargs))
-        except Exception as error:
-            raise TypeError(f"ranks get their work by pickle: {function} must be a module's own function ({error})") from error
+        message = pickle.dumps(_Work.of(function, args, kwargs))
         if not self._processes:
             self._start()
         for connection in self._connections:
@@ -150,7 +174,7 @@ class RankPool:
         outcomes = self._collect(timeout_s=120.0, grace_s=3.0)
         if any(o.error is not None for o in outcomes):
             self.kill()
-            raise RankFailure(outcomes)
+            raise RankError(outcomes)
 
     def _collect(self, timeout_s: float, grace_s: float) -> list[Outcome]:
         """One answer from every rank, those that do not answer in time included."""
@@ -188,10 +212,8 @@ class RankPool:
     def close(self) -> None:
         """Lets every rank leave the group and end; kills those that do not."""
         for connection in self._connections:
-            try:
+            with contextlib.suppress(OSError):
                 connection.send_bytes(b"")
-            except OSError:
-                pass
         for process in self._processes:
             process.join(10)
         self.kill()
