@@ -57,8 +57,8 @@ __global__ void __launch_bounds__(kThreads) merge_kernel(const RfMergeParams p, 
     const float lse_part =
         inside ? p.lse_part[batch * p.lse_part_strides.batch + head * p.lse_part_strides.head + seq * p.lse_part_strides.seq]
                : -INFINITY;
-    __syncwarp();  // all lanes of a row have read lse before its first lane overwrites it
-    if (lse_part == -INFINITY) continue;
+    __syncwarp();                         // all lanes of a row have read lse before its first lane overwrites it
+    if (lse_part == -INFINITY) continue;  // the unit leaves the row as it is
 
     const MergeWeights w = merge_weights(lse, lse_part);
     if (lane == 0) *lse_at = w.lse;

@@ -28,5 +28,5 @@ RF_API int rf_has_hopper();
 
 /// Merges the partial result (out_part, lse_part) into the running float32 (out, lse), row by row:
 ///   lse' = log(exp(lse) + exp(lse_part)),  out' = out exp(lse - lse') + out_part exp(lse_part - lse').
-/// A side whose lse is -inf is not read, so its out may hold anything. The two sides must not overlap in memory.
+/// (0, -inf) is the unit: a side whose lse is -inf counts for nothing. The two sides must not overlap in memory.
 RF_API int rf_merge(const RfMergeParams* params, void* stream);

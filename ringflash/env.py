@@ -1,0 +1,141 @@
+"""Every environment variable that ringflash reads, in one table, and what this machine offers.
+
+No other module reads ``os.environ`` for a setting of ours. The launchers' own variables (``RANK``, ``LOCAL_RANK``, ...) belong to
+torchrun, MPI and Slurm and are not listed here.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import platform
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+LOG_TOPICS = ("plan", "transport", "kernel")
+
+
+@dataclass(frozen=True)
+class Variable:
+    """One environment variable: its name, its value when unset (as text) and what it does."""
+
+    name: str
+    default: str
+    meaning: str
+
+
+LOG = Variable("RINGFLASH_LOG", "", f"topics that log to stderr, comma-separated: {', '.join(LOG_TOPICS)}, or all")
+LIBRARY = Variable("RINGFLASH_LIBRARY", "", "path of libringflash_cuda.so, instead of the one in the package")
+TIMEOUT_S = Variable("RINGFLASH_TIMEOUT_S", "300", "seconds after which a rank that does not answer is reported as lost")
+CUDA = Variable("RINGFLASH_CUDA", "AUTO", "when building: AUTO builds the CUDA library if nvcc is there, ON insists, OFF never")
+CUDA_ARCHS = Variable("RINGFLASH_CUDA_ARCHS", "80;90a-real", "when building: CUDA architectures, as CMake spells them")
+
+VARIABLES = (LOG, LIBRARY, TIMEOUT_S, CUDA, CUDA_ARCHS)
+
+
+def value(variable: Variable) -> str:
+    """The variable's text, or its default when it is unset or empty."""
+    return os.environ.get(variable.name) or variable.default
+
+
+def log_topics() -> frozenset[str]:
+    """The topics of ``RINGFLASH_LOG``. ValueError if one is unknown."""
+    topics = {word.strip() for word in value(LOG).split(",")} - {""}
+    if unknown := sorted(topics - {*LOG_TOPICS, "all"}):
+        raise ValueError(f"{LOG.name} names {', '.join(unknown)}; allowed: {', '.join(LOG_TOPICS)}, all (comma-separated)")
+    return frozenset(LOG_TOPICS if "all" in topics else topics)
+
+
+def logger(topic: str) -> logging.Logger:
+    """The logger ``ringflash.<topic>``: to stderr, from DEBUG up, if ``RINGFLASH_LOG`` names the topic, else as configured."""
+    assert topic in LOG_TOPICS, topic
+    log = logging.getLogger(f"ringflash.{topic}")
+    if topic in log_topics() and not log.handlers:
+        handler = logging.StreamHandler()
+        rank = os.environ.get("RANK", "")
+        handler.setFormatter(logging.Formatter(f"[%(name)s{' rank ' + rank if rank else ''}] %(message)s"))
+        log.addHandler(handler)
+        log.setLevel(logging.DEBUG)
+        log.propagate = False
+    return log
+
+
+def library_path() -> Path | None:
+    """The library that ``RINGFLASH_LIBRARY`` names, or None when unset. ValueError if there is no such file."""
+    text = value(LIBRARY)
+    if not text:
+        return None
+    path = Path(text)
+    if not path.is_file():
+        raise ValueError(f"{LIBRARY.name}={text} is not a file; give the path of libringflash_cuda.so, or unset it")
+    return path
+
+
+def timeout_s() -> float:
+    """Seconds of ``RINGFLASH_TIMEOUT_S``. ValueError unless it is a positive finite number."""
+    text = value(TIMEOUT_S)
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not (math.isfinite(seconds) and seconds > 0):
+        raise ValueError(f"{TIMEOUT_S.name}={text}; give a positive number of seconds, for example {TIMEOUT_S.default}")
+    return seconds
+
+
+def _nvcc() -> str:
+    path = shutil.which("nvcc")
+    if path is None:
+        return "not on PATH"
+    try:
+        text = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"{path} does not run: {error}"
+    release = next((line.split("release", 1)[1].strip() for line in text.splitlines() if "release" in line), "unknown release")
+    return f"{release} ({path})"
+
+
+def _library() -> str:
+    from ringflash import ops
+
+    try:
+        library = ops.library()
+    except (OSError, RuntimeError, ValueError) as error:
+        return f"cannot be used: {error}"
+    if library is None:
+        return "none (built without nvcc): torch's kernels only"
+    hopper = "with" if library.rf_has_hopper() else "without"
+    return f"{library._name}, ABI {library.rf_abi_version()}, {hopper} Hopper kernels"
+
+
+def describe() -> list[tuple[str, str]]:
+    """(name, value) rows for people: versions, library, devices, environment. Never raises for what is missing."""
+    import torch
+    import torch.distributed as dist
+
+    rows = [
+        ("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
+        ("torch", torch.__version__),
+        ("torch CUDA", torch.version.cuda or "none (CPU build)"),
+        ("library", _library()),
+        ("nvcc", _nvcc()),
+    ]
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if gpus == 0:
+        rows.append(("GPUs", "none"))
+    for index in range(gpus):
+        p = torch.cuda.get_device_properties(index)
+        memory = f"{p.total_memory / 2**30:.0f} GiB"
+        rows.append((f"GPU {index}", f"{p.name}, capability {p.major}.{p.minor}, {p.multi_processor_count} SMs, {memory}"))
+    if dist.is_available() and dist.is_nccl_available():
+        rows.append(("NCCL", ".".join(str(part) for part in torch.cuda.nccl.version())))
+    else:
+        rows.append(("NCCL", "none"))
+    rows.append(("gloo", "yes" if dist.is_available() and dist.is_gloo_available() else "none"))
+    for variable in VARIABLES:
+        given = os.environ.get(variable.name)
+        rows.append((variable.name, given if given else f"(unset: {variable.default or 'nothing'})"))
+    return rows
