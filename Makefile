@@ -1,0 +1,73 @@
+# make run      trains a small model on real text over 4 ranks; ARGS="key=value ..." are passed on
+# make test     runs the tests; PYTEST_ARGS="-k merge" replaces the default options
+# make lint     ruff, mypy, clang-format
+# make kernels  builds the CUDA library and checks what ptxas said of it (needs nvcc)
+# make wheel    dist/ringflash-*.whl
+# make clean    removes all that was made
+#
+# Everything is installed into the folder .venv. PYTHON names the Python to make it from. On a machine whose Python already has a
+# suitable torch and which should fetch nothing, SYSTEM_SITE=1 uses the packages of PYTHON as they are:
+#   make test SYSTEM_SITE=1 PYTHON=python3
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.PHONY: run test lint kernels wheel clean
+
+PYTHON ?= python3
+VENV ?= .venv
+SYSTEM_SITE ?=
+ARGS ?=
+PYTEST_ARGS ?= -n 2
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+ifeq ($(SYSTEM_SITE),1)
+INSTALL := $(PIP) install --quiet --no-build-isolation --no-deps
+else
+INSTALL := $(PIP) install --quiet --constraint constraints.txt
+endif
+
+# An editable install follows changes of Python files by itself; these are what it is built from.
+BUILD_INPUTS := pyproject.toml constraints.txt CMakeLists.txt scripts/keep_ptxas_log.sh $(shell find csrc)
+CXX_FILES := $(shell find csrc -name '*.cu' -o -name '*.cuh' -o -name '*.h')
+
+run: $(VENV)/.run
+	$(BIN)/ringflash train $(ARGS)
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m mypy ringflash scripts $(wildcard benchmarks/*.py)
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+
+kernels: $(VENV)/.dev
+	$(BIN)/python scripts/check_ptxas.py build
+
+wheel: $(VENV)/.made
+	$(PIP) wheel --quiet --no-deps --wheel-dir dist .
+	@ls dist/*.whl
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+$(VENV)/.made:
+	$(PYTHON) -m venv $(VENV) || { echo "error: $(PYTHON) cannot make a virtual environment (on Debian: apt install python3-venv)" >&2; exit 1; }
+ifeq ($(SYSTEM_SITE),1)
+	@# Not --system-site-packages: if PYTHON is itself a virtual environment, that would show the packages of the Python below it.
+	$(PYTHON) -c 'import site, sys; print("import site;", "; ".join(f"site.addsitedir({p!r})" for p in sys.path if p.endswith("-packages")))' \
+	  > "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/parent_packages.pth"
+endif
+	touch $@
+
+$(VENV)/.run: $(VENV)/.made $(BUILD_INPUTS)
+	@echo "installing into $(VENV) (minutes the first time)"
+	$(INSTALL) --editable '.[train]'
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.made $(BUILD_INPUTS)
+	@echo "installing into $(VENV) (minutes the first time)"
+	$(INSTALL) --editable '.[train,dev]'
+	touch $@ $(VENV)/.run
