@@ -112,8 +112,7 @@ def draw(seed: int, *, worlds: Sequence[int] = (1, 2, 3, 4, 5, 6, 7, 8), max_len
     """The seed-th case: sizes small and on the edges of pieces, windows and worlds, every option drawn."""
     d = _Draw(seed)
     world = d.one_of(worlds)
-    schedule = d.one_of(SCHEDULES)
-    ulysses, inner = _axes(d, schedule, world)
+    schedule, ulysses, inner = _schedule(d, world)
     k_len = _length(d, world, max_len)
     mask, any_lengths = _mask(d, k_len, world)
     layout = d.one_of(LAYOUTS)
@@ -147,16 +146,20 @@ def draw(seed: int, *, worlds: Sequence[int] = (1, 2, 3, 4, 5, 6, 7, 8), max_len
     )
 
 
-def _axes(d: _Draw, schedule: str, world: int) -> tuple[int, int | None]:
-    """(ulysses, inner) that the schedule takes in this world."""
-    divisors = [n for n in range(1, world + 1) if world % n == 0]
-    if schedule == "ulysses":
-        return world, None
-    if schedule == "hybrid":
-        return d.one_of(divisors), None
-    if schedule == "double_ring":
-        return 1, d.one_of(divisors)
-    return 1, None
+def _schedule(d: _Draw, world: int) -> tuple[str, int, int | None]:
+    """(schedule, ulysses, inner) that this world allows."""
+    proper = [n for n in range(2, world) if world % n == 0]
+    name = d.one_of(SCHEDULES if proper else [s for s in SCHEDULES if s != "hybrid"])
+    if name == "ulysses":
+        return name, d.one_of([1, world]), None
+    # Any ring may stand behind a head exchange.
+    ulysses = d.one_of(proper) if name == "hybrid" or (proper and d.chance(0.2)) else 1
+    rings = world // ulysses
+    if name == "double_ring":
+        return name, ulysses, d.one_of([n for n in range(1, rings + 1) if rings % n == 0])
+    if name == "staged":
+        name = d.one_of(["staged", "staged:1", "staged:3"])
+    return name, ulysses, None
 
 
 def _length(d: _Draw, world: int, max_len: int) -> int:

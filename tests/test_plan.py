@@ -1,0 +1,331 @@
+"""The planner as arithmetic, by brute force on small sizes: what is computed, what is moved, in which order, and how little of it."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import pytest
+
+from ringflash.mask import Dilated, Mask
+from ringflash.parallel.layout import Layout, make_layout
+from ringflash.parallel.plan import Plan, PlanKey, Step, Transfer, head_shares, make_plan, make_schedule, plans
+from ringflash.slices import Slices
+from ringflash.testing import Case, draw, visibility
+
+
+@dataclass(frozen=True)
+class World:
+    """All ranks' plans of a case, and what the mask shows pair by pair."""
+
+    case: Case
+
+    @cached_property
+    def mask(self) -> Mask:
+        return self.case.build_mask()
+
+    @cached_property
+    def layouts(self) -> tuple[Layout, Layout]:
+        case = self.case
+        return (
+            make_layout(case.layout, case.q_len, case.world, self.mask),
+            make_layout(case.layout, case.k_len, case.world, self.mask),
+        )
+
+    @cached_property
+    def plans(self) -> list[Plan]:
+        """Of one Ulysses member of each ring rank: the members differ only in their heads."""
+        case = self.case
+        schedule = make_schedule(case.schedule, case.world, case.ulysses, case.inner)
+        key = PlanKey(self.mask, *self.layouts, schedule, case.heads, case.kv_heads, rank=0)
+        return [plan for plan in plans(key) if plan.member == 0]
+
+    @cached_property
+    def visible(self) -> np.ndarray:
+        return visibility(self.mask, self.case.q_len, self.case.k_len).numpy()
+
+    @cached_property
+    def undilated(self) -> np.ndarray:
+        """What the mask would show without the strides of its dilated parts."""
+        parts = [m for m in getattr(self.mask, "parts", (self.mask,)) if not isinstance(m, Dilated)]
+        reach = [Mask.window(m.size * m.stride - 1, m.size * m.stride - 1) for m in self._dilated if m.size is not None]
+        seen = np.ones_like(self.visible)
+        for mask in (*parts, *reach):
+            seen &= visibility(mask, self.case.q_len, self.case.k_len).numpy()
+        return seen
+
+    @property
+    def _dilated(self) -> list[Dilated]:
+        return [m for m in getattr(self.mask, "parts", (self.mask,)) if isinstance(m, Dilated)]
+
+    @property
+    def together(self) -> int:
+        """Ring ranks that receive the same rows, to pass them on."""
+        schedule = self.plans[0].key.schedule
+        return schedule.inner if schedule.name == "double_ring" else 1
+
+    def q_positions(self, rank: int) -> np.ndarray:
+        return self.layouts[0].merged(self.plans[0].key.schedule.ulysses).positions(rank)
+
+    def k_positions(self, rank: int) -> np.ndarray:
+        return self.layouts[1].merged(self.plans[0].key.schedule.ulysses).positions(rank)
+
+    def keys_of(self, step: Step) -> np.ndarray:
+        """Positions of the rows of a step's key buffer."""
+        rows = np.full(step.rows, -1)
+        for chunk in step.chunks:
+            offset = chunk.offset
+            for start, stop in chunk.ranges:
+                rows[offset : offset + stop - start] = self.k_positions(chunk.owner)[start:stop]
+                offset += stop - start
+        assert (rows >= 0).all(), "every row of a stage's buffer is filled"
+        return rows
+
+    def painted(self, rank: int, step: Step) -> np.ndarray:
+        """How often a step computes each (query position, key position) pair of the whole sequence."""
+        seen = np.zeros_like(self.visible, dtype=int)
+        q_all, k_all = self.q_positions(rank), self.keys_of(step)
+        for part in step.parts:
+            q, k = (x[v.start :: v.step] for x, v in ((q_all, part.q_view), (k_all, part.k_view)))
+            i, j = np.arange(len(q))[:, None], np.arange(len(k))[None, :]
+            for q0, q1, k0, k1, lo, hi in part.slices:
+                assert 0 <= q0 < q1 <= len(q) and 0 <= k0 < k1 <= len(k), "a Slice stays inside its buffers"
+                band = (q0 <= i) & (i < q1) & (k0 <= j) & (j < k1) & (lo <= j - i) & (j - i <= hi)
+                np.add.at(seen, np.ix_(q, k), band)
+        return seen
+
+
+def sent(plan: Plan) -> Iterator[tuple[int, Transfer]]:
+    """(slot, transfer) of everything a rank posts in a forward pass, sends and receives."""
+    return ((slot, t) for slot, posts in enumerate(plan.posts) for post in posts for t in post.transfers)
+
+
+def rows_of(ranges: tuple[tuple[int, int], ...]) -> set[int]:
+    return {row for start, stop in ranges for row in range(start, stop)}
+
+
+def worlds(first: int, n: int) -> Iterator[World]:
+    for seed in range(first, first + n):
+        yield World(draw(seed, max_len=48))
+
+
+BATCHES = pytest.mark.parametrize("first", range(0, 600, 60))
+
+
+@BATCHES
+def test_every_visible_pair_is_computed_exactly_once(first: int) -> None:
+    for world in worlds(first, 60):
+        seen = sum(world.painted(p.rank, step) for p in world.plans for step in p.steps)
+        assert np.array_equal(seen, world.visible.astype(int)), repr(world.case)
+        assert sum(p.area for p in world.plans) == world.visible.sum(), repr(world.case)
+
+
+@BATCHES
+def test_nothing_empty_is_computed_or_moved(first: int) -> None:
+    for world in worlds(first, 60):
+        for plan in world.plans:
+            for n, step in enumerate(plan.steps):
+                for part in step.parts:
+                    assert len(part.slices), "a kernel call without Slices"
+                    assert Slices(part.slices.table) == part.slices, "Slices are tight"
+                chunks = [chunk.owner for chunk in step.chunks]
+                assert len(chunks) == len(set(chunks)) and (n == 0 or plan.rank not in chunks), repr(world.case)
+                assert all(chunk.ranges and all(a < b for a, b in chunk.ranges) for chunk in step.chunks if n), repr(world.case)
+            for _, t in sent(plan):
+                assert t.source != t.dest and t.ranges and all(a < b for a, b in t.ranges), repr(world.case)
+                assert list(t.ranges) == sorted(t.ranges)
+                assert all(a[1] < b[0] for a, b in zip(t.ranges, t.ranges[1:], strict=False)), "touching ranges are one range"
+
+
+@BATCHES
+def test_sends_and_receives_meet_in_order(first: int) -> None:
+    """Messages between two ranks are matched by their order alone."""
+    for world in worlds(first, 60):
+        lists = {
+            "keys and values": [[(slot, t) for slot, t in sent(p)] for p in world.plans],
+            "gradients": [[(slot, t) for slot, ts in enumerate(p.homes) for t in ts] for p in world.plans],
+        }
+        for what, of_rank in lists.items():
+            for a in range(len(of_rank)):
+                assert all(a in (t.source, t.dest) for _, t in of_rank[a]), (what, repr(world.case))
+                for b in range(len(of_rank)):
+                    a_sends = [x for x in of_rank[a] if (x[1].source, x[1].dest) == (a, b)]
+                    b_receives = [x for x in of_rank[b] if (x[1].source, x[1].dest) == (a, b)]
+                    assert a_sends == b_receives, (what, a, b, repr(world.case))
+
+
+@BATCHES
+def test_all_ranks_post_at_the_same_slots(first: int) -> None:
+    """Collective transports need every rank in every post, even with nothing to move."""
+    for world in worlds(first, 60):
+        posts = {tuple(tuple(post.step for post in slot) for slot in plan.posts) for plan in world.plans}
+        assert len(posts) == 1, repr(world.case)
+        assert len({(len(plan.steps), len(plan.homes)) for plan in world.plans}) == 1, repr(world.case)
+
+
+@BATCHES
+def test_chunks_are_held_before_they_are_sent_and_arrive_before_they_are_needed(first: int) -> None:
+    for world in worlds(first, 60):
+        held = [{c.owner: (n, c.ranges) for n, step in enumerate(p.steps) for c in step.chunks} for p in world.plans]
+        for plan in world.plans:
+            arrived = {}
+            for slot, t in sent(plan):
+                if t.source == plan.rank:
+                    step, ranges = held[plan.rank][t.owner]
+                    assert step <= slot and rows_of(t.ranges) <= rows_of(ranges), f"sent before it is there: {world.case!r}"
+                else:
+                    assert t.owner not in arrived, f"a chunk arrives twice: {world.case!r}"
+                    arrived[t.owner] = (slot, t.ranges)
+            for n, step in enumerate(plan.steps):
+                for chunk in step.chunks if n else ():
+                    slot, ranges = arrived.pop(chunk.owner)
+                    assert slot < n and ranges == chunk.ranges, f"computed before it is posted: {world.case!r}"
+            assert not arrived, f"chunks that arrive and are in no step: {world.case!r}"
+
+
+@BATCHES
+def test_only_rows_that_are_seen_travel(first: int) -> None:
+    """Exactly the keys some query of the receiver sees (in a double ring: of its fast-linked group, which passes them on).
+
+    Ranges have no stride, so of a dilated mask the rows between the visible ones may come along.
+    """
+    for world in worlds(first, 60):
+        for plan in world.plans:
+            group = plan.rank // world.together * world.together
+            q = np.concatenate([world.q_positions(r) for r in range(group, group + world.together)])
+            got = {t.owner: rows_of(t.ranges) for _, t in sent(plan) if t.dest == plan.rank}
+            for owner in range(len(world.plans)):
+                if owner != plan.rank:
+                    k = world.k_positions(owner)
+                    needed = set(np.flatnonzero(world.visible[q][:, k].any(axis=0)).tolist())
+                    allowed = set(np.flatnonzero(world.undilated[q][:, k].any(axis=0)).tolist()) if needed else set()
+                    assert needed <= got.get(owner, set()) <= allowed, (plan.rank, owner, repr(world.case))
+
+
+@BATCHES
+def test_every_gradient_comes_home_once(first: int) -> None:
+    """Counts instead of gradients: each row's count at home is the number of queries that see it."""
+    for world in worlds(first, 60):
+        n = len(world.plans)
+        held = [[np.zeros(len(world.k_positions(owner)), dtype=int) for owner in range(n)] for _ in range(n)]
+        for slot in range(len(world.plans[0].homes)):
+            for plan in world.plans:
+                if slot < len(plan.steps):
+                    counts = world.painted(plan.rank, plan.steps[slot]).sum(axis=0)
+                    for owner in range(n):
+                        held[plan.rank][owner] += counts[world.k_positions(owner)]
+            under_way = []
+            for plan in world.plans:
+                for t in plan.homes[slot]:
+                    if t.source == plan.rank:
+                        rows = sorted(rows_of(t.ranges))
+                        under_way.append((t, rows, held[t.source][t.owner][rows]))
+                        held[t.source][t.owner][rows] = 0
+            for t, rows, counts in under_way:
+                held[t.dest][t.owner][rows] += counts
+        for rank in range(n):
+            for owner in range(n):
+                expected = world.visible[:, world.k_positions(owner)].sum(axis=0) if rank == owner else 0
+                assert (held[rank][owner] == expected).all(), (rank, owner, repr(world.case))
+
+
+@BATCHES
+def test_counts_of_rows_agree(first: int) -> None:
+    for world in worlds(first, 60):
+        assert sum(p.rows_sent() for p in world.plans) == sum(p.rows_received() for p in world.plans)
+        for plan in world.plans:
+            assert plan.rows_received() == sum(step.rows for step in plan.steps[1:]), repr(world.case)
+            assert plan.q_len == len(world.q_positions(plan.rank)) and plan.k_len == len(world.k_positions(plan.rank))
+
+
+@pytest.mark.parametrize("heads", range(1, 13))
+def test_head_shares_cover_every_head_once(heads: int) -> None:
+    for kv_heads in (n for n in range(1, heads + 1) if heads % n == 0):
+        for members in range(1, 9):
+            shares = head_shares(heads, kv_heads, members)
+            assert [h for s in shares for h in range(s.q0, s.q1)] == list(range(heads))
+            assert max(s.q1 - s.q0 for s in shares) - min(s.q1 - s.q0 for s in shares) <= 1
+            for share in shares:
+                for i, head in enumerate(range(share.q0, share.q1)):
+                    n_keys = share.k1 - share.k0 if share.k_index is None else len(share.k_index)
+                    local = i // ((share.q1 - share.q0) // n_keys)
+                    used = share.k0 + (local if share.k_index is None else share.k_index[local])
+                    assert used == head // (heads // kv_heads), (share, head)
+
+
+def test_a_ring_takes_one_chunk_a_step_and_an_allgather_all_at_once() -> None:
+    def remote_chunks(schedule: str, **axes: int) -> list[int]:
+        world = World(Case(mask="full()", layout="contiguous", schedule=schedule, world=8, q_len=64, k_len=64, **axes))
+        return [len(step.chunks) for step in world.plans[-1].steps[1:]]
+
+    assert remote_chunks("ring") == [1] * 7
+    assert remote_chunks("allgather") == [7]
+    assert remote_chunks("staged:3") == [3, 3, 1]
+    assert remote_chunks("hybrid", ulysses=2) == [1] * 3
+    assert remote_chunks("ulysses", ulysses=8) == []
+    assert remote_chunks("double_ring", inner=4) == [1] * 7
+
+
+def test_a_double_ring_crosses_the_slow_links_once_per_group() -> None:
+    world = World(Case(mask="full()", layout="contiguous", schedule="double_ring", inner=4, world=8, q_len=64, k_len=64))
+    crossing = Counter(
+        (t.owner, t.dest // 4) for p in world.plans for _, t in sent(p) if t.dest == p.rank and t.source // 4 != t.dest // 4
+    )
+    assert set(crossing.values()) == {1} and len(crossing) == 8
+
+
+def test_distant_chunks_of_a_window_are_neither_sent_nor_waited_for() -> None:
+    world = World(Case(mask="causal(window=9)", layout="contiguous", schedule="ring", world=8, q_len=64, k_len=64))
+    for plan in world.plans:
+        assert plan.rows_received() == (8 if plan.rank else 0), "a window of chunk + 1 reaches one chunk back"
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag", "balanced"])
+def test_a_million_tokens_of_ten_thousand_documents_on_64_ranks(layout: str) -> None:
+    """The size the planner is made for. The bound only keeps a quadratic planner out; benchmarks measure."""
+    rng = np.random.default_rng(0)
+    world, seqlen = 64, 1_000_000
+    cuts = np.sort(rng.choice(np.arange(1, seqlen), size=9_999, replace=False))
+    mask = Mask.documents(np.diff(np.concatenate([[0], cuts, [seqlen]])))
+    where = make_layout(layout, seqlen, world, mask)
+    ranks = (0, 31, 63)
+    started = time.monotonic()
+    found = [make_plan(PlanKey(mask, where, where, make_schedule("ring", world), 8, 8, rank)) for rank in ranks]
+    assert time.monotonic() - started < 5 * len(ranks)
+    lengths = np.array(mask.lengths)  # type: ignore[attr-defined]
+    starts = np.repeat(np.cumsum(lengths) - lengths, lengths)
+    for rank, plan in zip(ranks, found, strict=True):
+        rows = where.positions(rank)
+        assert plan.area == (rows - starts[rows] + 1).sum(), "a causal row sees its document up to itself"
+
+
+def test_plans_are_cached() -> None:
+    where = make_layout("zigzag", 64, 4)
+    key = PlanKey(Mask.causal(), where, where, make_schedule("ring", 4), 2, 2, 1)
+    again = PlanKey(Mask.causal(), make_layout("zigzag", 64, 4), where, make_schedule("ring", 4), 2, 2, 1)
+    assert make_plan(key) is make_plan(again)
+
+
+@pytest.mark.parametrize(
+    ("spec", "world", "ulysses", "inner", "message"),
+    [
+        ("spiral", 4, 1, None, "unknown schedule 'spiral'.*ring"),
+        ("staged:0", 4, 1, None, "unknown schedule"),
+        ("ring:2", 4, 1, None, "unknown schedule"),
+        ("ulysses", 4, 2, None, "hybrid"),
+        ("hybrid", 4, 1, None, "between 2 and 3"),
+        ("hybrid", 4, 4, None, "between 2 and 3"),
+        ("hybrid", 6, 4, None, "does not divide"),
+        ("ring", 4, 3, None, "ulysses=3 does not divide"),
+        ("double_ring", 4, 1, None, "inner="),
+        ("double_ring", 4, 1, 3, "inner=3 does not divide"),
+        ("ring", 4, 1, 2, "inner=2 is for"),
+    ],
+)
+def test_a_schedule_that_does_not_fit_is_refused(spec: str, world: int, ulysses: int, inner: int | None, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_schedule(spec, world, ulysses, inner)
