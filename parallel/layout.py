@@ -10,6 +10,7 @@ Any length works: pieces differ by at most one token, and ranks may hold nothing
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -87,6 +88,10 @@ class Layout:
         assert self.world % group == 0
         merged = [tuple(run for runs in self.ranks[i : i + group] for run in runs) for i in range(0, self.world, group)]
         return Layout(self.name, self.seqlen, tuple(merged))
+
+    def digest(self) -> str:
+        """Eight hex digits that tell layouts apart across processes."""
+        return hashlib.sha1(repr((self.seqlen, self.ranks)).encode()).hexdigest()[:8]
 
     @classmethod
     def from_runs(cls, ranks: Sequence[Sequence[Sequence[int]]], name: str = "custom") -> Layout:

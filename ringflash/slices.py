@@ -130,6 +130,12 @@ class Slices(Sequence[Slice]):
         q0, q1, k0, k1, lo, hi = self.table.T
         return (lo == k0 - q1 + 1) & (hi == k1 - 1 - q0)
 
+    @property
+    def simple(self) -> bool:
+        """Whether no Slice has a lower bound: each is full, or a full rectangle beside a causal triangle."""
+        q0, q1, k0, _, lo, _ = self.table.T
+        return bool((lo == k0 - q1 + 1).all())
+
     def area(self) -> int:
         """Number of visible (row, key) pairs."""
         return int(area(self.table).sum())

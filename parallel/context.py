@@ -1,0 +1,312 @@
+"""ContextParallel: a group of ranks that share one sequence; SimulatedWorld: the same in one process."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from ringflash import env
+from ringflash.mask import Documents, Mask
+from ringflash.parallel.agree import Agreement
+from ringflash.parallel.layout import KINDS, Layout, make_layout
+from ringflash.parallel.plan import Plan, PlanKey, Schedule, make_plan, make_schedule
+from ringflash.parallel.transport import Transport
+from ringflash.parallel.transport.allgather import AllGather
+from ringflash.parallel.transport.alltoall import AllToAll
+from ringflash.parallel.transport.p2p import P2P
+
+TRANSPORTS = ("auto", "p2p", "allgather", "alltoall")
+
+SHORT_CHUNK = 2048
+"""Below this many tokens a rank, "auto" fetches all chunks at once: a step then computes for less time than a launch costs."""
+
+
+class Sharding:
+    """What ContextParallel and SimulatedWorld have in common: a world, its layout, its schedule, and the plans of both."""
+
+    def __init__(self, world: int, layout: str | Layout, schedule: str | Schedule, ulysses: int, inner: int | None) -> None:
+        if isinstance(layout, Layout):
+            if layout.world != world:
+                raise ValueError(f"the layout is for {layout.world} ranks, the group has {world}")
+        elif layout not in KINDS:
+            raise ValueError(f"unknown layout {layout!r}; allowed are {', '.join(KINDS)} or a Layout object")
+        self.world, self.layout = world, layout
+        self.ulysses, self.inner, self.schedule = ulysses, inner, schedule
+        self.mask: Mask | None = None
+        self.lengths: tuple[int, int] | None = None  # set by for_lengths
+        self.last_seqlen: int | None = None  # of the last shard or position_ids
+        make_schedule(schedule, world, ulysses, inner)  # raises early
+
+    def layout_of(self, seqlen: int) -> Layout:
+        """The layout of a sequence of this length."""
+        if isinstance(self.layout, Layout):
+            if self.layout.seqlen != seqlen:
+                raise ValueError(f"the layout is for {self.layout.seqlen} tokens, got a sequence of {seqlen}")
+            return self.layout
+        return make_layout(self.layout, seqlen, self.world, self.mask)
+
+    def schedule_of(self, seqlen: int) -> Schedule:
+        """The schedule for a sequence of this length; decides what "auto" means."""
+        spec = self.schedule
+        if spec == "auto":
+            spec = "allgather" if seqlen // self.world < SHORT_CHUNK else "ring"
+        return make_schedule(spec, self.world, self.ulysses, self.inner)
+
+    def plan(self, rank: int, mask: Mask, q_len: int, k_len: int, heads: int, kv_heads: int, trim: bool = True) -> Plan:
+        """The plan of one rank for global lengths and head counts. Cached."""
+        q_layout = self.layout_of(q_len)
+        k_layout = q_layout if k_len == q_len else self.layout_of(k_len)
+        return make_plan(PlanKey(mask, q_layout, k_layout, self.schedule_of(k_len), heads, kv_heads, rank, trim))
+
+    def _bound(self, mask: Mask | None) -> Mask:
+        """The mask of a call: the given one, or the one this view was made for."""
+        if mask is None:
+            return self.mask or Mask.full()
+        if self.mask is not None and mask != self.mask and self.layout == "balanced":
+            raise ValueError(f"this context was balanced for {self.mask}, but attention got {mask}; call cp.for_mask with that one")
+        return mask
+
+
+class ContextParallel(Sharding):
+    """A group of ranks that hold one sequence together.
+
+    mesh       a DeviceMesh axis (``mesh["cp"]``), a 2-D mesh (outer, inner) for "hybrid" (ring x Ulysses) and "double_ring",
+               a process group, or None for all ranks.
+    layout     which tokens a rank holds: "zigzag", "contiguous", "striped", "balanced" (then use ``for_mask``), or a Layout.
+    schedule   "auto", "ring", "allgather", "staged:K", "ulysses", "hybrid", "double_ring", or a Schedule.
+    ulysses    ranks that trade heads for sequence (for "hybrid"); neighbours in the group.
+    inner      ranks of one fast-linked group (for "double_ring"); neighbours in the group.
+    transport  "auto" (point to point), "p2p", "alltoall", or "allgather" (with schedule "allgather" only).
+    timeout_s  how long a peer may be silent before an error, seconds (default RINGFLASH_TIMEOUT_S).
+
+    All ranks of the group must create it, and call its methods, together. Raises ValueError for what does not fit.
+    """
+
+    def __init__(
+        self,
+        mesh: DeviceMesh | dist.ProcessGroup | None = None,
+        layout: str | Layout = "zigzag",
+        schedule: str | Schedule = "auto",
+        *,
+        ulysses: int = 1,
+        inner: int | None = None,
+        transport: str = "auto",
+        timeout_s: float | None = None,
+    ) -> None:
+        if not dist.is_initialized():
+            raise ValueError("torch.distributed is not initialised: call torch.distributed.init_process_group (or launch with torchrun) first")
+        if isinstance(mesh, DeviceMesh):
+            if mesh.ndim == 2:
+                size = mesh.size(1)
+                if schedule == "double_ring":
+                    inner = size if inner is None else inner
+                elif ulysses == 1:
+                    ulysses = size
+                mesh = mesh._flatten()
+            if mesh.ndim != 1:
+                raise ValueError(f"a context-parallel mesh has one axis or two (outer, inner), got {mesh.ndim}; pick them by name")
+            self.group = mesh.get_group()
+        else:
+            self.group = mesh if mesh is not None else dist.group.WORLD
+        self.rank = dist.get_rank(self.group)
+        if self.rank < 0:
+            raise ValueError("this rank is not a member of the given process group")
+        super().__init__(dist.get_world_size(self.group), layout, schedule, ulysses, inner)
+        if transport not in TRANSPORTS:
+            raise ValueError(f"unknown transport {transport!r}; allowed are {', '.join(TRANSPORTS)}")
+        plain = make_schedule(schedule, self.world, ulysses, inner)
+        if transport == "allgather" and not (schedule == "allgather" and plain.ulysses == 1):
+            raise ValueError(f'transport "allgather" brings all chunks at once: it needs schedule="allgather" without ulysses, got {plain}')
+        self.transport_name = "p2p" if transport == "auto" else transport
+        self.timeout_s = float(env.timeout_s() if timeout_s is None else timeout_s)
+        if self.timeout_s <= 0:
+            raise ValueError(f"timeout_s must be positive, got {timeout_s}")
+        self.agreement = Agreement(self.group, self.timeout_s)
+        self.agreed: dict[Any, Any] = {}  # what attention has verified with the other ranks, by its arguments
+        self._transports: dict[torch.device, Transport] = {}
+
+    @property
+    def trim(self) -> bool:
+        """Whether only the needed rows of a chunk travel."""
+        return self.transport_name != "allgather"
+
+    def transport(self, device: torch.device) -> Transport:
+        """The transport for tensors of a device."""
+        if device not in self._transports:
+            word = self.agreement.last_word
+            if self.transport_name == "p2p":
+                self._transports[device] = P2P(self.group, self.timeout_s, word)
+            else:
+                kind = AllGather if self.transport_name == "allgather" else AllToAll
+                self._transports[device] = kind(self.group, self.timeout_s, device, word)
+            if device.type == "cuda":  # NCCL sets up its rings in the first collective of a group, and needs all ranks there
+                dist.all_reduce(torch.zeros(1, device=device), group=self.group)
+        return self._transports[device]
+
+    def for_mask(self, mask: Mask) -> ContextParallel:
+        """A light view of this context for batches with the given mask: what layout="balanced" balances, and the default mask.
+
+        Shares the group, the handshakes and the transports; make one per batch.
+        """
+        view = copy.copy(self)
+        view.mask, view.last_seqlen = mask, None
+        return view
+
+    def for_lengths(self, q_len: int, k_len: int) -> ContextParallel:
+        """A light view for global lengths that the local ones do not tell: unequal queries and keys."""
+        view = copy.copy(self)
+        view.lengths = (int(q_len), int(k_len))
+        return view
+
+    def global_lengths(self, q_local: int, k_local: int) -> tuple[int, int]:
+        """Global sequence lengths of local tensors: as given to for_lengths, by the mask, as last sharded, or W times the local."""
+        if self.lengths is not None:
+            return self.lengths
+        for known in (self.layout.seqlen if isinstance(self.layout, Layout) else None, self.last_seqlen):
+            if known is not None and self.layout_of(known).lengths[self.rank] == q_local == k_local:
+                return known, known
+        return q_local * self.world, k_local * self.world
+
+    def positions(self, seqlen: int) -> Tensor:
+        """Global positions of this rank's tokens: int64 (S_local,) on CPU."""
+        return torch.from_numpy(self.layout_of(seqlen).positions(self.rank))
+
+    def position_ids(self, seqlen: int, device: torch.device | str | None = None) -> Tensor:
+        """Global positions of this rank's tokens, for RoPE: int64 (S_local,)."""
+        self.last_seqlen = int(seqlen)
+        return self.positions(seqlen).to(device or "cpu")
+
+    def shard(self, x: Tensor, dim: int = 1) -> Tensor:
+        """This rank's rows of a full tensor that every rank holds. Differentiable; any length."""
+        self.last_seqlen = x.shape[dim]
+        return take(x, self.layout_of(x.shape[dim]), self.rank, dim)
+
+    def unshard(self, x: Tensor, dim: int = 1) -> Tensor:
+        """The full tensor, on every rank, from the local rows. Differentiable: gradients of all ranks' copies add up.
+
+        Raises ValueError when the ranks' lengths do not make a sequence of this layout.
+        """
+        local = x.shape[dim]
+        lengths = torch.zeros(self.world, dtype=torch.int64, device=x.device)
+        lengths[self.rank] = local
+        dist.all_reduce(lengths, group=self.group)
+        layout = self.layout_of(int(lengths.sum()))
+        if tuple(lengths.tolist()) != layout.lengths:
+            raise ValueError(f"the ranks hold {lengths.tolist()} rows, but {self.layout} of {layout.seqlen} gives them {list(layout.lengths)}")
+        self.last_seqlen = layout.seqlen
+        full: Tensor = _Unshard.apply(x, layout, self.rank, self.group, dim % x.dim())
+        return full
+
+    def shard_labels(self, labels: Tensor, dim: int = 1, ignore_index: int = -100) -> Tensor:
+        """Next-token labels of this rank's tokens: shifted left by one, *then* sharded; the last token has none.
+
+        In a view made by ``for_mask(Mask.documents(...))`` the last token of every document has none either.
+        """
+        rest = labels.narrow(dim, min(1, labels.shape[dim]), max(labels.shape[dim] - 1, 0))
+        end = labels.new_full((*labels.shape[:dim], min(1, labels.shape[dim]), *labels.shape[dim:][1:]), ignore_index)
+        shifted = torch.cat([rest, end], dim)
+        if isinstance(self.mask, Documents) and labels.shape[dim]:
+            last = torch.tensor(self.mask.lengths).cumsum(0)[torch.tensor(self.mask.lengths) > 0] - 1
+            shifted = shifted.index_fill(dim, last.to(labels.device), ignore_index)
+        return self.shard(shifted, dim)
+
+    def cross_entropy(self, logits: Tensor, labels: Tensor, ignore_index: int = -100) -> Tensor:
+        """Mean cross-entropy over the valid tokens of *all* ranks.
+
+        logits (..., V), labels (...) of the local rows. The value is the global mean on every rank; the gradient is this rank's
+        share of it, so parameter gradients are summed over the group. A rank without valid tokens adds zero; without any
+        valid token anywhere the loss is 0.
+        """
+        local = F.cross_entropy(
+            logits.reshape(-1, logits.shape[-1]).float() if logits.dtype != torch.float64 else logits.reshape(-1, logits.shape[-1]),
+            labels.reshape(-1),
+            ignore_index=ignore_index,
+            reduction="sum",
+        )
+        total = torch.stack([local.detach().double(), (labels != ignore_index).sum().double()])
+        dist.all_reduce(total, group=self.group)
+        count = total[1].clamp(min=1)
+        share = local / count.to(local.dtype)
+        return share + ((total[0] / count).to(local.dtype) - share.detach())
+
+
+def take(x: Tensor, layout: Layout, rank: int, dim: int) -> Tensor:
+    """A rank's rows of a full tensor, in the order of its buffer."""
+    pieces = []
+    for run in layout.ranks[rank]:
+        index = [slice(None)] * x.dim()
+        index[dim] = slice(run.start, run.stop, run.stride)
+        pieces.append(x[tuple(index)])
+    if not pieces:
+        return x.narrow(dim, 0, 0)
+    return pieces[0].contiguous() if len(pieces) == 1 else torch.cat(pieces, dim)
+
+
+class _Unshard(torch.autograd.Function):
+    """All-gather of uneven pieces, put into the order of the sequence."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layout: Layout, rank: int, group: dist.ProcessGroup, dim: int) -> Tensor:
+        ctx.where = (layout, rank, group, dim)
+        rows = x.movedim(dim, 0).contiguous()
+        longest = max(layout.lengths)
+        padded = torch.cat([rows, rows.new_zeros((longest - len(rows), *rows.shape[1:]))])
+        pieces = [torch.empty_like(padded) for _ in range(layout.world)]
+        dist.all_gather(pieces, padded, group=group)
+        full = torch.cat([piece[:n] for piece, n in zip(pieces, layout.lengths, strict=True)])
+        return full[torch.from_numpy(layout.inverse).to(x.device)].movedim(0, dim)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        layout, rank, group, dim = ctx.where
+        total = grad.contiguous().clone()
+        dist.all_reduce(total, group=group)
+        return take(total, layout, rank, dim), None, None, None, None
+
+
+class SimulatedWorld(Sharding):
+    """A whole world in this process, for tests, planning and debugging. Same plans, same loops, no processes.
+
+    Arguments as for ContextParallel, with the number of ranks in place of the mesh.
+    """
+
+    def __init__(
+        self,
+        world: int,
+        layout: str | Layout = "zigzag",
+        schedule: str | Schedule = "auto",
+        *,
+        ulysses: int = 1,
+        inner: int | None = None,
+    ) -> None:
+        super().__init__(world, layout, schedule, ulysses, inner)
+
+    def for_mask(self, mask: Mask) -> SimulatedWorld:
+        """A view for a mask, as of ContextParallel."""
+        view = copy.copy(self)
+        view.mask = mask
+        return view
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
+        """`ringflash.attention` of FULL tensors (B, S, H, D), computed by all ranks in turn; returns full tensors. Differentiable."""
+        from ringflash.api import simulated_attention
+
+        return simulated_attention(self, q, k, v, **options)
+
+    def shards(self, x: Tensor, dim: int = 1) -> list[Tensor]:
+        """The rows of every rank."""
+        layout = self.layout_of(x.shape[dim])
+        return [take(x, layout, rank, dim) for rank in range(self.world)]
+
+    def unshards(self, pieces: Sequence[Tensor], dim: int = 1) -> Tensor:
+        """The full tensor from the rows of every rank."""
+        layout = self.layout_of(sum(p.shape[dim] for p in pieces))
+        full = torch.cat(list(pieces), dim)
+        return full.index_select(dim, torch.from_numpy(layout.inverse).to(full.device))

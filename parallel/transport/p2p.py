@@ -1,0 +1,77 @@
+"""Point to point by torch.distributed: gloo on CPU, NCCL on CUDA, across any links. Chunks come straight from their owner."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from ringflash.parallel.transport import Label, Message, Pending, TransportError
+from ringflash.parallel.watchdog import watch
+
+
+class P2P:
+    """Batched isend/irecv inside a process group.
+
+    timeout_s   how long a peer may keep silent before TransportError.
+    ask         what a silent peer last said about itself (see agree.py), for the error's text.
+    """
+
+    name = "p2p"
+    collective = False
+
+    def __init__(self, group: dist.ProcessGroup, timeout_s: float, ask: Callable[[int], str] = lambda peer: "") -> None:
+        self.group, self.timeout_s, self.ask = group, timeout_s, ask
+        self.rank = dist.get_rank(group)
+
+    def post(self, label: Label, sends: Sequence[Message], receives: Sequence[Message]) -> Pending:
+        # Pairs must list their messages in the same order on both sides; across pairs any order will do.
+        ops = [dist.P2POp(dist.isend, m.tensor, group=self.group, group_peer=m.peer) for m in sends]
+        ops += [dist.P2POp(dist.irecv, m.tensor, group=self.group, group_peer=m.peer) for m in receives]
+        if not ops:
+            return Works(self, label, [], [], [])
+        peers = [m.peer for m in (*sends, *receives)]
+        try:
+            works = dist.batch_isend_irecv(ops)
+        except RuntimeError as error:
+            raise failure(self.rank, label, sorted(set(peers)), self.timeout_s, 0.0, error, self.ask) from error
+        return Works(self, label, works, peers, [m.tensor for m in (*sends, *receives)])
+
+
+class Works:
+    """Works under way. Holds the tensors: their memory must not be reused before the wait."""
+
+    def __init__(self, transport: P2P, label: Label, works: Sequence[dist.Work], peers: Sequence[int], tensors: Sequence[object]) -> None:
+        self.transport, self.label, self.works, self.peers, self.tensors = transport, label, works, peers, tensors
+
+    def wait(self) -> None:
+        t = self.transport
+        # NCCL puts a whole batch into one work; its wait only makes the stream wait, and the watchdog sees to the rest.
+        cuda = bool(self.tensors) and self.tensors[0].is_cuda  # type: ignore[attr-defined]
+        begin = time.monotonic()
+        for i, work in enumerate(self.works):
+            peers = [self.peers[i]] if len(self.works) == len(self.peers) else sorted(set(self.peers))
+            try:
+                if cuda:
+                    work.wait()
+                else:
+                    work.wait(timedelta(seconds=max(t.timeout_s - (time.monotonic() - begin), 0.001)))
+            except RuntimeError as error:
+                raise failure(t.rank, self.label, peers, t.timeout_s, time.monotonic() - begin, error, t.ask) from error
+        if cuda and self.works:
+            watch(t.group, t.rank, self.label, sorted(set(self.peers)), t.timeout_s)
+        self.works, self.tensors = [], []
+
+
+def failure(
+    rank: int, label: Label, peers: Sequence[int], timeout_s: float, waited_s: float, error: Exception, ask: Callable[[int], str]
+) -> TransportError:
+    """The error of a transfer that did not end: who waited for whom, in which step, and what the peer last said."""
+    late = waited_s >= 0.9 * timeout_s
+    what = f"did not answer within {timeout_s:g} s" if late else f"is gone (connection lost after {waited_s:.1f} s)"
+    names = ", ".join(str(p) for p in peers)
+    said = " ".join(text for p in peers if (text := ask(p)))
+    advice = "raise timeout_s (or RINGFLASH_TIMEOUT_S) if the rank is only slow" if late else "look at that rank's own output for the cause"
+    return TransportError(f"rank {rank}, {label}: rank {names} {what}; {said}{advice} [{str(error).splitlines()[0][:160]}]")

@@ -1,0 +1,97 @@
+"""Ends a stalled NCCL transfer with a word.
+
+On CUDA a wait only makes a stream wait: the host runs on, and a dead peer shows as a kernel that never ends. So after each wait
+an event is recorded, and a daemon thread looks whether it passes within the group's time. If not, it says which rank waited for
+whom in which step, and aborts the group's communicator, so that the waiting kernels end and the job fails instead of hanging.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from ringflash.parallel.transport import Label, TransportError
+
+
+@dataclass
+class _Watched:
+    event: torch.cuda.Event
+    group: dist.ProcessGroup
+    rank: int
+    label: Label
+    peers: Sequence[int]
+    timeout_s: float
+    since: float | None = None
+    """When the transfer became the oldest one under way: the work queued before it takes time of its own."""
+
+
+_watched: deque[_Watched] = deque()
+_thread: threading.Thread | None = None
+_lock = threading.Lock()
+_failed: TransportError | None = None
+
+PERIOD_S = 0.2
+GRACE_S = 10.0
+"""How long the main thread gets to raise after an abort before the process is ended."""
+
+
+def watch(group: dist.ProcessGroup, rank: int, label: Label, peers: Sequence[int], timeout_s: float) -> None:
+    """Watches the transfer that the current stream now waits for. Raises the TransportError of an earlier stall."""
+    global _thread
+    if _failed is not None:
+        raise _failed
+    if torch.cuda.is_current_stream_capturing():
+        return
+    event = torch.cuda.Event()
+    event.record()
+    _watched.append(_Watched(event, group, rank, label, peers, timeout_s))
+    with _lock:
+        if _thread is None or not _thread.is_alive():
+            _thread = threading.Thread(target=_look, name="ringflash-watchdog", daemon=True)
+            _thread.start()
+
+
+def _look() -> None:
+    idle = 0
+    while idle < 50:  # the thread ends some seconds after the last transfer and is started again by the next
+        time.sleep(PERIOD_S)
+        idle = 0 if _watched else idle + 1
+        while _watched and _watched[0].event.query():
+            _watched.popleft()
+        if not _watched:
+            continue
+        oldest = _watched[0]
+        now = time.monotonic()
+        oldest.since = oldest.since or now
+        if now - oldest.since > oldest.timeout_s:
+            _give_up(oldest)
+            return
+
+
+def _give_up(stalled: _Watched) -> None:
+    global _failed
+    names = ", ".join(str(p) for p in stalled.peers)
+    _failed = TransportError(
+        f"rank {stalled.rank}, {stalled.label}: rank {names} did not answer within {stalled.timeout_s:g} s; "
+        "raise timeout_s (or RINGFLASH_TIMEOUT_S) if the rank is only slow, else look at that rank's own output for the cause"
+    )
+    print(f"ringflash: {_failed}", file=sys.stderr, flush=True)
+    aborter = threading.Thread(target=_abort, args=(stalled.group,), daemon=True)
+    aborter.start()
+    time.sleep(GRACE_S)
+    # The main thread may sit in a driver call that no abort ends; a clear exit beats a silent hang.
+    os._exit(70)
+
+
+def _abort(group: dist.ProcessGroup) -> None:
+    abort = getattr(group, "abort", None)
+    if abort is not None:
+        abort()

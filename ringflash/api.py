@@ -1,0 +1,247 @@
+"""The public door: check, plan, compute."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from ringflash.autograd import Attention, Job
+from ringflash.kernels import Kernel, Problem, choose
+from ringflash.mask import Mask
+from ringflash.parallel.context import ContextParallel, SimulatedWorld
+from ringflash.parallel.layout import make_layout
+from ringflash.parallel.plan import Plan, PlanKey, Schedule, make_plan
+from ringflash.parallel.transport.simulated import Mailbox, Simulated
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of one call, checked; everything but the tensors' data. Hashable: the key of what was planned for it."""
+
+    q_shape: tuple[int, ...]
+    k_shape: tuple[int, ...]
+    v_shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    mask: Mask
+    scale: float
+    softcap: float
+    sinks: bool
+    backend: str
+    deterministic: bool
+    needs_grad: bool
+    with_lse: bool
+
+
+def check(
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float | None, softcap: float, sinks: Tensor | None, backend: str,
+    deterministic: bool, with_lse: bool,
+) -> Call:  # fmt: skip
+    """Raises ValueError for whatever cannot be meant; returns the call."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor) or x.dim() != 4:
+            got = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"{name} must be a tensor (batch, sequence, heads, head_dim), got {got}")
+    if q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:
+        raise ValueError(
+            f"q, k, v must share one of bfloat16, float16, float32, float64; got {q.dtype}, {k.dtype}, {v.dtype}; cast them first"
+        )
+    if not q.device == k.device == v.device:
+        raise ValueError(f"q, k, v must be on one device, got {q.device}, {k.device}, {v.device}")
+    if q.shape[0] != k.shape[0] or k.shape[:3] != v.shape[:3] or q.shape[3] != k.shape[3]:
+        raise ValueError(
+            "shapes do not fit: q (B, Sq, H, D), k (B, Sk, Hkv, D), v (B, Sk, Hkv, Dv), "
+            f"got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+        )
+    heads, kv_heads, head_dim = q.shape[2], k.shape[2], q.shape[3]
+    if kv_heads < 1 or heads < 1 or heads % kv_heads:
+        raise ValueError(f"query heads must be a positive multiple of key heads, got {heads} and {kv_heads}")
+    if head_dim < 1 or v.shape[3] < 1:
+        raise ValueError(f"head_dim must be at least 1, got {head_dim} for q and k, {v.shape[3]} for v")
+    if not isinstance(mask, Mask):
+        raise ValueError(f"mask must be a ringflash.Mask such as Mask.causal(), got {type(mask).__name__}")
+    if sinks is not None and (sinks.shape != (heads,) or not sinks.is_floating_point() or sinks.device != q.device):
+        raise ValueError(f"sinks must be floating point ({heads},) on {q.device}, got {sinks.dtype} {tuple(sinks.shape)} on {sinks.device}")
+    if scale is not None and not (isinstance(scale, (int, float)) and math.isfinite(scale)):
+        raise ValueError(f"scale must be a finite number or None for 1/sqrt(head_dim), got {scale!r}")
+    if not (isinstance(softcap, (int, float)) and math.isfinite(softcap) and softcap >= 0):
+        raise ValueError(f"softcap must be a finite number >= 0 (0 turns it off), got {softcap!r}")
+    tracked = any(x is not None and x.requires_grad for x in (q, k, v, sinks))
+    return Call(
+        tuple(q.shape), tuple(k.shape), tuple(v.shape), q.dtype, q.device, mask, scale if scale is not None else head_dim**-0.5,
+        float(softcap), sinks is not None, backend, bool(deterministic), tracked and torch.is_grad_enabled(), bool(with_lse),
+    )  # fmt: skip
+
+
+def _kernel(call: Call, plan: Plan) -> Kernel:
+    """The kernel for what a rank computes: after the head exchange, with the plan's Slices."""
+    share = plan.share
+    q_heads = max(share.q1 - share.q0, 1)
+    kv_heads = max(q_heads if share.k_index is not None else share.k1 - share.k0, 1)
+    capability = torch.cuda.get_device_capability(call.device) if call.device.type == "cuda" else None
+    problem = Problem(
+        device_type=call.device.type,
+        capability=capability,
+        dtype=call.dtype,
+        head_dim=call.q_shape[3],
+        head_dim_v=call.v_shape[3],
+        heads=q_heads,
+        kv_heads=kv_heads,
+        softcap=call.softcap > 0,
+        deterministic=call.deterministic,
+        needs_grad=call.needs_grad,
+        dlse=call.with_lse and call.needs_grad,
+        banded=any(not part.slices.simple for step in plan.steps for part in step.parts),
+    )
+    return choose(call.backend, problem)
+
+
+def _facts(call: Call, plan: Plan, kernel: Kernel) -> dict[str, str]:
+    """What the ranks of a group must agree on, by name, as text."""
+    (b, _, h, d), (_, _, hk, dv) = call.q_shape, call.v_shape
+    key = plan.key
+    return {
+        "q's batch, heads, head_dim": f"({b}, {h}, {d})",
+        "k's and v's heads and head_dim": f"({hk}, {dv})",
+        "sequence lengths": f"{key.q_layout.seqlen} queries, {key.k_layout.seqlen} keys",
+        "dtype": str(call.dtype),
+        "mask": f"{call.mask!r} #{call.mask.digest()}",
+        "layout": f"{key.q_layout.name} #{key.q_layout.digest()}",
+        "schedule": str(key.schedule),
+        "scale, softcap, sinks": f"{call.scale:g}, {call.softcap:g}, {call.sinks}",
+        "whether gradients are needed": str(call.needs_grad),
+        "backend and determinism": f"{kernel.name}, {call.deterministic}",
+    }
+
+
+def _prepare(call: Call, cp: ContextParallel) -> tuple[Plan, Kernel]:
+    """Plan and kernel of a call, verified with the other ranks the first time."""
+    try:
+        q_len, k_len = cp.global_lengths(call.q_shape[1], call.k_shape[1])
+        call.mask.check(q_len, k_len)
+        plan = cp.plan(cp.rank, call.mask, q_len, k_len, call.q_shape[2], call.k_shape[2], cp.trim)
+        for name, local, layout in (("q", call.q_shape[1], plan.key.q_layout), ("k and v", call.k_shape[1], plan.key.k_layout)):
+            if local != layout.lengths[cp.rank]:
+                raise ValueError(
+                    f"{name} has {local} rows on rank {cp.rank}, but layout {layout.name} of {layout.seqlen} tokens gives it "
+                    f"{layout.lengths[cp.rank]}; shard with cp.shard (or tell the lengths with cp.for_lengths)"
+                )
+        kernel = _kernel(call, plan)
+    except ValueError as error:
+        cp.agreement.refuse(error)
+        raise
+    cp.agreement.agree(_facts(call, plan, kernel))
+    return plan, kernel
+
+
+@overload
+def attention(q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[False] = ..., **options: Any) -> Tensor: ...
+@overload
+def attention(q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[True], **options: Any) -> tuple[Tensor, Tensor]: ...
+@overload
+def attention(q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool, **options: Any) -> Tensor | tuple[Tensor, Tensor]: ...
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Mask | None = None,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    cp: ContextParallel | None = None,
+    backend: str = "auto",
+    deterministic: bool = False,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Exact attention, on one device or over a group of ranks.
+
+    q (B, Sq, H, D), k (B, Sk, Hkv, D), v (B, Sk, Hkv, Dv): bfloat16, float16, float32 or float64; with ``cp`` the local rows of
+    this rank, as ``cp.shard`` gives them. H must be a multiple of Hkv.
+
+    mask           who sees whom, in global positions (default: everybody, or the mask of a ``cp.for_mask`` view).
+    scale          of the scores; default 1/sqrt(D).
+    softcap        c > 0 replaces scores s by c * tanh(s / c).
+    sinks          (H,) extra logits, one per head, that take part in every row's softmax with a zero value (gpt-oss). Their
+                   gradient is this rank's share, as that of any parameter.
+    cp             ContextParallel; None computes on this device alone.
+    backend        "auto" or a kernel's name; a named kernel that cannot do the job raises.
+    deterministic  bitwise equal gradients from run to run.
+    return_lse     also return the log-sum-exp of every row (natural log, sinks included): float32 (B, H, Sq), differentiable.
+
+    Returns out (B, Sq, H, Dv) in the inputs' dtype. A row that sees nothing is 0 with log-sum-exp -inf.
+
+    Raises ValueError, on every rank and before anything is sent, for arguments that do not fit or on which the ranks disagree;
+    TransportError when a rank dies or stays silent. (Ring Attention, Liu et al. 2023; FlashAttention-2, Dao 2023.)
+    """
+    try:
+        mask = (cp._bound(mask) if cp is not None else mask) or Mask.full()
+        call = check(q, k, v, mask, scale, softcap, sinks, backend, deterministic, return_lse)
+        if cp is not None and not isinstance(cp, ContextParallel):
+            raise ValueError(f"cp must be a ringflash.ContextParallel, got {type(cp).__name__}")
+        if cp is None:
+            mask.check(q.shape[1], k.shape[1])
+    except ValueError as error:
+        if isinstance(cp, ContextParallel):
+            cp.agreement.refuse(error)
+        raise
+    if cp is None:
+        plan = make_plan(_alone(mask, q.shape[1], k.shape[1], q.shape[2], k.shape[2]))
+        job = Job(plan, _kernel(call, plan), Simulated(Mailbox(), 0), call.scale, call.softcap, deterministic)
+    else:
+        key = (call, cp.lengths, cp.last_seqlen, cp.mask)
+        if key not in cp.agreed:
+            cp.agreed[key] = _prepare(call, cp)
+        plan, kernel = cp.agreed[key]
+        job = Job(plan, kernel, cp.transport(q.device), call.scale, call.softcap, deterministic)
+    out, lse = Attention.apply((job,), *(_row_major(x) for x in (q, k, v)), sinks)  # type: ignore[no-untyped-call]
+    return (out, lse) if return_lse else out
+
+
+def _alone(mask: Mask, q_len: int, k_len: int, heads: int, kv_heads: int) -> PlanKey:
+    """The plan of one device: the same path with one step."""
+    q_layout, k_layout = make_layout("contiguous", q_len, 1), make_layout("contiguous", k_len, 1)
+    return PlanKey(mask, q_layout, k_layout, Schedule(), heads, kv_heads, 0)
+
+
+def _row_major(x: Tensor) -> Tensor:
+    """Kernels take any strides but that of the last dim, which must be 1."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 and x.stride(-1) == 1 else x.contiguous()
+
+
+def simulated_attention(
+    world: SimulatedWorld,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Mask | None = None,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    backend: str = "auto",
+    deterministic: bool = False,
+    return_lse: bool = False,
+    mailbox: Mailbox | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`attention` of full tensors by a simulated world; arguments and returns as there. ``mailbox`` records the traffic."""
+    mask = world._bound(mask)
+    call = check(q, k, v, mask, scale, softcap, sinks, backend, deterministic, return_lse)
+    mask.check(q.shape[1], k.shape[1])
+    mailbox = mailbox or Mailbox()
+    jobs = []
+    for rank in range(world.world):
+        plan = world.plan(rank, mask, q.shape[1], k.shape[1], q.shape[2], k.shape[2])
+        jobs.append(Job(plan, _kernel(call, plan), Simulated(mailbox, rank), call.scale, call.softcap, deterministic))
+    pieces = zip(*(world.shards(_row_major(x)) for x in (q, k, v)), strict=True)
+    flat = [x for rank in pieces for x in (*rank, sinks)]
+    results = Attention.apply(tuple(jobs), *flat)  # type: ignore[no-untyped-call]
+    mailbox.assert_empty()
+    out = world.unshards(results[0::2])
+    return (out, world.unshards(results[1::2], dim=2)) if return_lse else out

@@ -1,0 +1,253 @@
+"""One Function, one forward loop, one backward loop: for every mask, layout, schedule and world size.
+
+The loops are generators. They yield wherever a rank waits for others, so that one process can run a whole simulated world by
+taking turns between its ranks (`take_turns`); a real rank simply runs its own loop to the end. World size 1 is the same loop
+with one step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ringflash.kernels import Kernel
+from ringflash.parallel.heads import HeadExchange
+from ringflash.parallel.plan import Part, Plan, View
+from ringflash.parallel.transport import Homecoming, Stages, Transport
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One rank's attention: what to do (plan), with what (kernel, transport), and the scalars."""
+
+    plan: Plan
+    kernel: Kernel
+    transport: Transport
+    scale: float
+    softcap: float
+    deterministic: bool
+
+
+@dataclass
+class Saved:
+    """What the backward pass of one rank needs, after the head exchange."""
+
+    q: Tensor  # (B, Sq, h, D)
+    k: Tensor  # (B, Sk, hk, D)
+    v: Tensor  # (B, Sk, hk, Dv)
+    out: Tensor  # (B, Sq, h, Dv)
+    lse: Tensor  # (B, h, Sq)
+    sinks: Tensor | None  # (H,)
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return (self.q, self.k, self.v, self.out, self.lse, self.sinks)
+
+
+N_SAVED = 6
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of running state: float64 for float64 inputs, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def take_turns(ranks: Sequence[Generator[None, None, T]]) -> list[T]:
+    """Runs the loops of all ranks hosted here, each to its next yield in turn; returns their results."""
+    results: dict[int, T] = {}
+    while len(results) < len(ranks):
+        for i, rank in enumerate(ranks):
+            if i not in results:
+                try:
+                    next(rank)
+                except StopIteration as stop:
+                    results[i] = stop.value
+    return [results[i] for i in range(len(ranks))]
+
+
+def _rows(x: Tensor, view: View, dim: int = 1) -> Tensor:
+    """Rows start::step of a buffer, as a view."""
+    if view == (0, 1):
+        return x
+    index = [slice(None)] * x.dim()
+    index[dim] = slice(view.start, None, view.step)
+    return x[tuple(index)]
+
+
+def _whole(parts: Sequence[Part]) -> bool:
+    return all(part.q_view == (0, 1) for part in parts)
+
+
+def forward_loop(job: Job, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Generator[None, None, tuple[Tensor, Tensor, Saved]]:
+    """out (B, Sq, H, Dv) and lse (B, H, Sq) of the local rows, and what to save."""
+    plan, kernel = job.plan, job.kernel
+    heads = HeadExchange(plan, job.transport)
+    q, k, v = yield from heads.enter([(q, False), (k, True), (v, True)])
+    acc = accumulate_dtype(q.dtype)
+    work = [(n, part) for n, step in enumerate(plan.steps) for part in step.parts]
+    # Start in the first kernel call and finish in the last, unless calls see only some of the rows (views), or sinks come first:
+    # a sink is a running state of its own, output 0 and log-sum-exp of the sink.
+    carry: tuple[Tensor, Tensor] | None = None
+    direct = bool(work) and _whole([part for _, part in work])
+    if sinks is not None or not direct:
+        carry = _initial(q, v, acc, None if sinks is None else sinks[plan.share.q0 : plan.share.q1])
+    stages = Stages(plan, job.transport, k, v)
+    for n, step in enumerate(plan.steps):
+        if n:
+            yield
+        k_stage, v_stage = stages.arrive(n)
+        stages.post(n)
+        for part in step.parts:
+            view = carry if carry is None else (_rows(carry[0], part.q_view), _rows(carry[1], part.q_view, dim=2))
+            state = kernel.forward(
+                _rows(q, part.q_view),
+                _rows(k_stage, part.k_view),
+                _rows(v_stage, part.k_view),
+                part.slices,
+                scale=job.scale,
+                softcap=job.softcap,
+                carry=view,
+                finish=direct and part is work[-1][1],
+            )
+            carry = state if direct else carry
+        stages.release(n)
+    stages.finish()
+    assert carry is not None
+    out, lse = carry
+    saved = Saved(q, k, v, out.to(q.dtype), lse, sinks)
+    n_heads = plan.key.heads
+    out, wide = yield from heads.leave([(saved.out, False), (lse.transpose(1, 2).unsqueeze(-1), False)], [n_heads, n_heads])
+    return out, wide.squeeze(-1).transpose(1, 2), saved
+
+
+def _initial(q: Tensor, v: Tensor, acc: torch.dtype, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The running state before any key: output 0, log-sum-exp -inf or the heads' sinks."""
+    out = torch.zeros((*q.shape[:3], v.shape[3]), dtype=acc, device=q.device)
+    lse = torch.full((q.shape[0], q.shape[2], q.shape[1]), float("-inf"), dtype=acc, device=q.device)
+    if sinks is not None:
+        lse.copy_(sinks.to(acc)[None, :, None].expand(lse.shape))
+    return out, lse
+
+
+def backward_loop(
+    job: Job, saved: Saved, dout: Tensor | None, dlse: Tensor | None
+) -> Generator[None, None, tuple[Tensor, Tensor, Tensor, Tensor | None]]:
+    """dq, dk, dv of the local rows in the inputs' dtype, and this rank's share of dsinks (H,)."""
+    plan, kernel, (q, k, v) = job.plan, job.kernel, (saved.q, saved.k, saved.v)
+    acc = accumulate_dtype(q.dtype)
+    heads = HeadExchange(plan, job.transport)
+    dout, delta = yield from _delta(job, heads, saved, dout, dlse)
+    dq = torch.zeros(q.shape, dtype=acc, device=q.device)
+    stages = Stages(plan, job.transport, k, v)
+    home = Homecoming(plan, job.transport, k, v, acc)
+    home.gradients(0)
+    for n, step in enumerate(plan.steps):
+        if n:
+            yield
+        k_stage, v_stage = stages.arrive(n)
+        stages.post(n)
+        dk_stage, dv_stage = home.gradients(n)
+        for part in step.parts:
+            kernel.backward(
+                _rows(dout, part.q_view),
+                _rows(q, part.q_view),
+                _rows(k_stage, part.k_view),
+                _rows(v_stage, part.k_view),
+                _rows(saved.out, part.q_view) if dlse is None else None,
+                _rows(saved.lse, part.q_view, dim=2),
+                _rows(delta, part.q_view, dim=2),
+                part.slices,
+                scale=job.scale,
+                softcap=job.softcap,
+                dq=_rows(dq, part.q_view),
+                dk=_rows(dk_stage, part.k_view),
+                dv=_rows(dv_stage, part.k_view),
+                deterministic=job.deterministic,
+            )
+        home.receive()
+        home.post(n)
+        stages.release(n)
+        home.release(n)
+    yield
+    home.receive()
+    home.post(len(plan.steps))
+    yield
+    home.receive()
+    stages.finish()
+    dk, dv = home.gradients(0)
+    dsinks = None if saved.sinks is None else _dsinks(plan, saved, delta)
+    if plan.key.schedule.ulysses == 1:
+        return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype), dsinks
+    # Query heads have one owner, so they travel in their final dtype; key heads may be shared and are summed in float32.
+    n_kv = plan.key.kv_heads
+    dq, dk, dv = yield from heads.leave([(dq.to(q.dtype), False), (dk, True), (dv, True)], [plan.key.heads, n_kv, n_kv])
+    return dq, dk.to(q.dtype), dv.to(q.dtype), dsinks
+
+
+def _delta(
+    job: Job, heads: HeadExchange, saved: Saved, dout: Tensor | None, dlse: Tensor | None
+) -> Generator[None, None, tuple[Tensor, Tensor]]:
+    """dout after the head exchange and ``delta = rowsum(dout * out) - dlse`` (B, h, Sq): once per pass, the same for every step."""
+    shape = (*saved.out.shape[:1], job.plan.q_lengths[job.plan.member], job.plan.key.heads, saved.out.shape[3])
+    if dout is None:
+        dout = saved.out.new_zeros(shape)
+    sends = [(dout, False)]
+    if dlse is not None:
+        sends.append((dlse.transpose(1, 2).unsqueeze(-1), False))
+    arrived = yield from heads.enter(sends)
+    acc = saved.lse.dtype
+    dout = arrived[0] if arrived[0].stride(-1) == 1 else arrived[0].contiguous()
+    delta = (dout.to(acc) * saved.out.to(acc)).sum(-1).transpose(1, 2)
+    if dlse is not None:
+        delta = delta - arrived[1].squeeze(-1).transpose(1, 2).to(acc)
+    return dout, delta.contiguous()
+
+
+def _dsinks(plan: Plan, saved: Saved, delta: Tensor) -> Tensor:
+    """A sink is a key with a zero value: dsink = sum over rows of P_sink * (0 - delta)."""
+    assert saved.sinks is not None
+    share = plan.share
+    sinks = saved.sinks[share.q0 : share.q1].to(saved.lse.dtype)[None, :, None]
+    weight = torch.where(sinks == float("-inf"), torch.zeros_like(saved.lse), torch.exp(sinks - saved.lse))
+    dsinks = torch.zeros(saved.sinks.shape, dtype=saved.lse.dtype, device=saved.lse.device)
+    dsinks[share.q0 : share.q1] = -(weight * delta).sum((0, 2))
+    return dsinks.to(saved.sinks.dtype)
+
+
+class Attention(torch.autograd.Function):
+    """Attention of all ranks hosted by this process: one, or every rank of a simulated world."""
+
+    @staticmethod
+    def forward(ctx: Any, jobs: tuple[Job, ...], *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        """tensors: q, k, v, sinks of each job in turn. Returns out, lse of each job in turn."""
+        results = take_turns([forward_loop(job, *inputs) for job, inputs in zip(jobs, _by_job(tensors, 4), strict=True)])  # type: ignore[arg-type]
+        ctx.jobs = jobs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*(x for _, _, saved in results for x in saved.tensors()))
+        return tuple(x for out, lse, _ in results for x in (out, lse))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        saved = [Saved(*tensors) for tensors in _by_job(ctx.saved_tensors, N_SAVED)]  # type: ignore[arg-type]
+        if all(g is None for g in grads):
+            return (None,) * (1 + 4 * len(ctx.jobs))
+        # A simulated rank whose output was not used takes part with zeros; so does dlse wherever one rank has one.
+        with_dlse = any(g is not None for g in grads[1::2])
+        loops = []
+        for job, state, (dout, dlse) in zip(ctx.jobs, saved, _by_job(grads, 2), strict=True):
+            if with_dlse and dlse is None:
+                shape = (state.lse.shape[0], job.plan.key.heads, job.plan.q_lengths[job.plan.member])
+                dlse = state.lse.new_zeros(shape)
+            loops.append(backward_loop(job, state, dout, dlse))
+        return (None, *(x for result in take_turns(loops) for x in result))
+
+
+def _by_job(tensors: Sequence[T], n: int) -> Iterator[tuple[T, ...]]:
+    return (tuple(tensors[i : i + n]) for i in range(0, len(tensors), n))
