@@ -86,7 +86,7 @@ def _kernel(call: Call, plan: Plan) -> Kernel:
     kv_heads = max(q_heads if share.k_index is not None else share.k1 - share.k0, 1)
     capability = torch.cuda.get_device_capability(call.device) if call.device.type == "cuda" else None
     problem = Problem(
-        device_type=call.device.type,
+        device=call.device.type,
         capability=capability,
         dtype=call.dtype,
         head_dim=call.q_shape[3],
