@@ -18,9 +18,9 @@ def merge_(out: Tensor, lse: Tensor, out_part: Tensor, lse_part: Tensor) -> None
 
         lse' = log(exp(lse) + exp(lse_part)),    out' = out * exp(lse - lse') + out_part * exp(lse_part - lse')
 
-    out, out_part: (B, S, H, Dv), lse, lse_part: (B, H, S), any strides. out, lse and lse_part have the accumulate dtype (float32 or
-    float64), out_part any floating dtype. Nothing overflows at any lse, two empty rows stay empty without a NaN, and the side
-    of a row whose lse is -inf is not read.
+    out, out_part: (B, S, H, Dv), lse, lse_part: (B, H, S), any strides. out, lse and lse_part have the accumulate dtype (float32
+    or float64), out_part any floating dtype. Nothing overflows at any lse, two empty rows stay empty without a NaN, and the
+    side of a row whose lse is -inf is not read.
     """
     if out.is_cuda and ops.library() is not None:
         torch.ops.ringflash.merge_(out, lse, out_part, lse_part)

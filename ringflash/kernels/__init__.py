@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Protocol, cast
 
 import torch
@@ -28,12 +28,12 @@ State = tuple[Tensor, Tensor]
 class Problem:
     """What a backend must be able to do. Frozen and hashable: the choice is cached by it.
 
-    device_type: "cuda", "cpu", ... capability: CUDA compute capability (major, minor), None elsewhere. head_dim: of q and k.
+    device: its type, "cuda", "cpu", ... capability: CUDA compute capability (major, minor), None elsewhere. head_dim: of q and k.
     softcap: scores are capped. deterministic: gradients must repeat bitwise. needs_grad: backward will be called. dlse: the
     log-sum-exp is differentiated. banded: some Slice is neither full nor bounded from above only (causal).
     """
 
-    device_type: str
+    device: str
     capability: tuple[int, int] | None
     dtype: torch.dtype
     head_dim: int
@@ -45,6 +45,10 @@ class Problem:
     needs_grad: bool = False
     dlse: bool = False
     banded: bool = False
+
+    @property
+    def device_type(self) -> str:
+        return self.device
 
     @classmethod
     def of(
@@ -61,7 +65,7 @@ class Problem:
     ) -> Problem:
         """The problem that these tensors (B, S, H, D) pose."""
         return cls(
-            device_type=q.device.type,
+            device=q.device.type,
             capability=torch.cuda.get_device_capability(q.device) if q.is_cuda else None,
             dtype=q.dtype,
             head_dim=q.shape[3],
@@ -76,7 +80,7 @@ class Problem:
         )
 
     def __str__(self) -> str:
-        device = self.device_type if self.capability is None else f"{self.device_type} {self.capability[0]}.{self.capability[1]}"
+        device = self.device if self.capability is None else f"{self.device} {self.capability[0]}.{self.capability[1]}"
         dims = f"{self.head_dim}" if self.head_dim == self.head_dim_v else f"{self.head_dim}/{self.head_dim_v}"
         wishes = [w for w in ("softcap", "deterministic", "needs_grad", "dlse", "banded") if getattr(self, w)]
         return ", ".join(
@@ -113,8 +117,8 @@ class Kernel(Protocol):
     ) -> State:
         """Folds the Slices into the running ``(out, lse)`` and returns it.
 
-        carry None starts: a row that sees nothing ends with out 0, lse -inf. A given carry, in the accumulate dtype and possibly a
-        strided view, is continued: with finish=False it is updated in place and returned; with finish=True it is used up
+        carry None starts: a row that sees nothing ends with out 0, lse -inf. A given carry, in the accumulate dtype and possibly
+        a strided view, is continued: with finish=False it is updated in place and returned; with finish=True it is used up
         (its contents are unspecified afterwards). finish=True returns a new ``out`` in q's dtype, finish=False one in the
         accumulate dtype. lse is the natural log of ``sum exp(score)`` in the accumulate dtype.
         """
@@ -146,7 +150,7 @@ class Kernel(Protocol):
         ...
 
 
-@lru_cache(maxsize=None)
+@cache
 def load(name: str) -> Kernel | None:
     """The backend of that name; None for one that this installation does not contain."""
     module = f"{__name__}.{name}"
@@ -170,9 +174,9 @@ def preference(problem: Problem) -> tuple[str, ...]:
     builds 320-345. So a FlashAttention-3/4 that the user installed comes before torch's own kernels, and FlashAttention-2 after
     them: it is asked for what they cannot do (softcap).
     """
-    if problem.device_type == "cpu":
+    if problem.device == "cpu":
         return ("cpu", "reference")
-    if problem.device_type != "cuda":
+    if problem.device != "cuda":
         return ("reference",)
     from ringflash.kernels.flash_attn import installed_generation
 
@@ -182,7 +186,7 @@ def preference(problem: Problem) -> tuple[str, ...]:
     return ("hopper", "flash_attn", "sdpa", "reference") if generation >= 3 else ("hopper", "sdpa", "flash_attn", "reference")
 
 
-@lru_cache(maxsize=None)
+@cache
 def choose(backend: str, problem: Problem) -> Kernel:
     """The backend to use: the named one, or for "auto" the first of the preference list that does not refuse.
 

@@ -7,8 +7,10 @@ few is decided here, once per Slice.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import numpy as np
+import numpy.typing as npt
 
 from ringflash.slices import IntArray, Slice, Slices
 
@@ -57,7 +59,7 @@ def by_bounds(s: Slice) -> list[Slice]:
     lower_from = max(s.k0 - s.lo, s.q0) if lower_bound_matters(s) else s.q1
     upper_until = min(s.k1 - s.hi, s.q1) if upper_bound_matters(s) else s.q0
     cuts = sorted({s.q0, s.q1, lower_from, upper_until})
-    pieces = (restricted(s, a, b) for a, b in zip(cuts, cuts[1:], strict=False))
+    pieces = (restricted(s, a, b) for a, b in pairwise(cuts))
     return [p for p in pieces if p is not None]
 
 
@@ -91,7 +93,7 @@ def core(s: Slice) -> tuple[int, int]:
 
 
 def repeats(slices: Slices) -> list[tuple[Slice, int]]:
-    """The table as runs ``(s, n)``: Slice s and n - 1 translated copies, each starting where the one before ends, in rows and keys.
+    """The table as runs ``(s, n)``: Slice s and n - 1 copies of it, each starting where the one before ends, in rows and keys.
 
     Chunked masks and equal documents are one such run, which a kernel can treat as a batch of n.
     """
@@ -103,11 +105,11 @@ def repeats(slices: Slices) -> list[tuple[Slice, int]]:
     return [(Slice(*row), n) for row, n in zip(table[starts].tolist(), counts.tolist(), strict=True)]
 
 
-def _follows(table: IntArray) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
+def _follows(table: IntArray) -> npt.NDArray[np.bool_]:
     """(n - 1,): which Slice is its predecessor moved by the predecessor's own size."""
     rows, keys = table[:, 1] - table[:, 0], table[:, 3] - table[:, 2]
     before, after = table[:-1], table[1:]
-    return (
+    follows: npt.NDArray[np.bool_] = (
         (after[:, 0] == before[:, 1])
         & (after[:, 2] == before[:, 3])
         & (rows[1:] == rows[:-1])
@@ -115,3 +117,4 @@ def _follows(table: IntArray) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]
         & (after[:, 4] - before[:, 4] == keys[:-1] - rows[:-1])
         & (after[:, 5] - before[:, 5] == keys[:-1] - rows[:-1])
     )
+    return follows

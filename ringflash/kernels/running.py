@@ -7,10 +7,13 @@ beside its library.
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from ringflash.merge import merge_
+
+State = tuple[Tensor, Tensor]
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -21,19 +24,27 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 class Running:
     """``(out, lse)`` while parts arrive. Empty, or the continuation of a carry.
 
-    q (B, Sq, H, D) and v (B, Sk, Hkv, Dv) give shapes, device and final dtype.
+    shape: (B, Sq, H, Dv) of out. dtype: of out when it is finished.
     """
 
-    def __init__(self, q: Tensor, v: Tensor, carry: tuple[Tensor, Tensor] | None = None) -> None:
-        B, Sq, H, _ = q.shape
-        self._shape = (B, Sq, H, v.shape[3])
-        self._dtype, self._acc, self._device = q.dtype, accumulate_dtype(q.dtype), q.device
+    def __init__(
+        self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device, carry: State | None = None
+    ) -> None:
+        self._shape = shape
+        self._dtype, self._acc, self._device = dtype, accumulate_dtype(dtype), device
         self._carried = carry is not None
-        self._out, self._lse = carry if carry is not None else (None, None)
-        self._seen: np.ndarray[tuple[int], np.dtype[np.bool_]] | None = None
+        self._out: Tensor | None = None if carry is None else carry[0]
+        self._lse: Tensor | None = None if carry is None else carry[1]
+        self._seen: npt.NDArray[np.bool_] | None = None
         """(Sq,): rows that hold something; None once all do."""
         if carry is None:
-            self._seen = np.zeros(Sq, dtype=np.bool_)
+            self._seen = np.zeros(shape[1], dtype=np.bool_)
+
+    @classmethod
+    def of(cls, q: Tensor, v: Tensor, carry: State | None = None) -> Running:
+        """For queries q (B, Sq, H, D) and values v (B, Sk, Hkv, Dv)."""
+        B, Sq, H, _ = q.shape
+        return cls((B, Sq, H, v.shape[3]), q.dtype, q.device, carry)
 
     def put(self, q0: int, q1: int, out_part: Tensor, lse_part: Tensor) -> None:
         """Adds a part of rows [q0, q1): out_part (B, q1 - q0, H, Dv) of any floating dtype, lse_part (B, H, q1 - q0).
@@ -56,7 +67,7 @@ class Running:
             self._clear_unseen(q0, q1)
         merge_(out, lse, out_part, lse_part.to(self._acc))
 
-    def result(self, finish: bool) -> tuple[Tensor, Tensor]:
+    def result(self, finish: bool) -> State:
         """The state: in q's dtype as a new tensor with finish, else in the accumulate dtype."""
         if not finish or self._out is None:
             self._own()
@@ -71,7 +82,7 @@ class Running:
     def _own(self) -> None:
         """From here on the state is a pair in the accumulate dtype that may be written to."""
         if self._out is None:
-            B, Sq, H, Dv = self._shape
+            B, Sq, H, _ = self._shape
             self._out = torch.empty(self._shape, dtype=self._acc, device=self._device)
             self._lse = torch.empty((B, H, Sq), dtype=self._acc, device=self._device)
         elif self._out.dtype != self._acc:
