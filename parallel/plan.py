@@ -25,6 +25,10 @@ from ringflash.slices import UNBOUNDED, IntArray, Slices, tighten
 SCHEDULES = ("auto", "ring", "allgather", "staged", "ulysses", "hybrid", "double_ring")
 
 
+MAX_GAP = 128
+"""A message costs some 20 us, in which a link moves thousands of rows; one kernel tile keeps the waste invisible."""
+
+
 @dataclass(frozen=True)
 class Schedule:
     """In which order and grouping chunks arrive.
@@ -194,6 +198,9 @@ class PlanKey:
     kv_heads: int
     rank: int
     trim: bool = True
+    """Whether only needed rows of a chunk travel, or whole chunks (collectives that send everybody the same)."""
+    max_gap: int = MAX_GAP
+    """Rows nobody needs that travel along rather than split a message in two."""
 
     @property
     def world(self) -> int:
@@ -300,14 +307,13 @@ def _to_rows(x: IntArray, runs: _Runs, i: IntArray) -> IntArray:
 
 
 class _Lowered(NamedTuple):
-    """Bands in buffer rows: ``rows`` (n, 6) of q0, q1, k0, k1, lo, hi; ``residue`` of j - i modulo ``modulus``; owners and key run."""
+    """Bands in buffer rows: ``rows`` (n, 6) of q0, q1, k0, k1, lo, hi; ``residue`` of j - i modulo ``modulus``; owners."""
 
     rows: IntArray
     residue: IntArray
     modulus: int
     q_rank: IntArray
     k_rank: IntArray
-    k_run: IntArray
 
 
 def lower(bands: Bands, q_runs: _Runs, k_runs: _Runs) -> _Lowered:
@@ -359,22 +365,30 @@ def lower(bands: Bands, q_runs: _Runs, k_runs: _Runs) -> _Lowered:
         residue = ((gap // g) * pow(common // g, -1, modulus) + shift) % modulus if modulus > 1 else residue
     tight, keep = tighten(rows[solvable])
     pick = np.flatnonzero(solvable)[keep]
-    return _Lowered(tight, residue[pick], modulus, q_runs.rank[iq[pick]], k_runs.rank[ik[pick]], ik[pick])
+    if modulus > 1:  # every j - i in [lo, hi] occurs in a tight band; those of the right residue are all that counts
+        tight[:, 4] += (residue[pick] - tight[:, 4]) % modulus
+        tight[:, 5] -= (tight[:, 5] - residue[pick]) % modulus
+        tight, keep = tighten(tight)
+        pick = pick[keep]
+    return _Lowered(tight, residue[pick], modulus, q_runs.rank[iq[pick]], k_runs.rank[ik[pick]])
 
 
-def _ranges(low: _Lowered, pick: IntArray) -> Ranges:
-    """The key rows that the picked bands reach: one hull per run of the owner, neighbours joined."""
-    hulls = []
-    for run in np.unique(low.k_run[pick]):
-        of_run = pick[low.k_run[pick] == run]
-        hulls.append((int(low.rows[of_run, 2].min()), int(low.rows[of_run, 3].max())))
-    joined: list[tuple[int, int]] = []
-    for start, stop in sorted(hulls):
-        if joined and joined[-1][1] == start:
-            joined[-1] = (joined[-1][0], stop)
-        else:
-            joined.append((start, stop))
-    return tuple(joined)
+def _reach(low: _Lowered, pair: IntArray, max_gap: int) -> dict[int, Ranges]:
+    """For every value of ``pair`` (one per band), the key rows its bands reach: disjoint ranges, joined over gaps up to max_gap."""
+    if not len(pair):
+        return {}
+    order = np.lexsort((low.rows[:, 2], pair))
+    who, start, stop = pair[order], low.rows[order, 2], low.rows[order, 3]
+    # A running maximum of the ends that starts anew at every value of pair: ends are lifted by a step per value, higher than any end.
+    lift = np.cumsum(np.concatenate([[0], who[1:] != who[:-1]])) * (int(stop.max()) + 1)
+    reached = np.maximum.accumulate(stop + lift) - lift
+    first = np.concatenate([[True], (who[1:] != who[:-1]) | (start[1:] > reached[:-1] + max_gap)])
+    head = np.flatnonzero(first)
+    tail = np.concatenate([head[1:], [len(who)]]) - 1
+    found: dict[int, list[tuple[int, int]]] = {}
+    for key, a, b in zip(who[head].tolist(), start[head].tolist(), reached[tail].tolist(), strict=True):
+        found.setdefault(key, []).append((a, b))
+    return {key: tuple(ranges) for key, ranges in found.items()}
 
 
 def _coalesce(rows: IntArray) -> IntArray:
@@ -420,20 +434,21 @@ def _parts(rows: IntArray, residue: IntArray, modulus: int) -> tuple[Part, ...]:
     return tuple(parts)
 
 
-def _stage(low: _Lowered, chunks: list[tuple[int, Ranges]]) -> Step:
-    """A stage of the given chunks: their ranges side by side in one buffer, and the bands moved there."""
+def _stage(low: _Lowered, by_owner: dict[int, IntArray], chunks: list[tuple[int, Ranges]]) -> Step:
+    """A stage of the given chunks: their ranges side by side in one buffer, and the bands (``by_owner``: their rows) moved there."""
     placed, rows, residue, offset = [], [], [], 0
     for owner, ranges in chunks:
         placed.append(Chunk(owner, offset, ranges))
-        mine = np.flatnonzero(low.k_rank == owner)
-        for start, stop in ranges:
-            inside = mine[(low.rows[mine, 2] >= start) & (low.rows[mine, 3] <= stop)]
-            shift = offset - start
-            moved = low.rows[inside].copy()
-            moved[:, 2:6] += shift  # keys, and with them the bounds on j - i
+        starts, stops = np.array(ranges, dtype=np.int64).reshape(-1, 2).T
+        mine = by_owner.get(owner, np.empty(0, np.int64))
+        if len(mine):
+            moves = offset + np.cumsum(stops - starts) - stops  # of each range; a band lies in one of them
+            shift = moves[np.searchsorted(starts, low.rows[mine, 2], side="right") - 1]
+            moved = low.rows[mine].copy()
+            moved[:, 2:6] += shift[:, None]  # keys, and with them the bounds on j - i
             rows.append(moved)
-            residue.append((low.residue[inside] + shift) % low.modulus)
-            offset += stop - start
+            residue.append((low.residue[mine] + shift) % low.modulus)
+        offset += int((stops - starts).sum())
     if not rows:
         return Step(offset, tuple(placed), ())
     return Step(offset, tuple(placed), _parts(np.concatenate(rows), np.concatenate(residue), low.modulus))
@@ -452,17 +467,20 @@ def make_plan(key: PlanKey) -> Plan:
     # With a double ring all ranks of a fast-linked group take what any of them needs, so that they can pass it on unchanged.
     together = schedule.inner if schedule.name == "double_ring" else 1
     group = list(range(rank // together * together, rank // together * together + together))
-    mine = lower(bands, _runs(q_layout, group, shift), _runs(k_layout, everyone))
-    theirs = lower(bands, _runs(q_layout, everyone, shift), _runs(k_layout, [rank]))
-
-    def ranges(low: _Lowered, of_pair: np.ndarray, owner: int) -> Ranges:
-        """What of an owner's chunk the picked bands need; all of it if chunks are not to be trimmed."""
-        if key.trim:
-            return _ranges(low, np.flatnonzero(of_pair))
-        return ((0, k_layout.lengths[owner]),) if k_layout.lengths[owner] else ()
-
-    wanted = {owner: ranges(mine, mine.k_rank == owner, owner) for owner in everyone if owner != rank}
-    asked = {dest: ranges(theirs, theirs.q_rank // together == dest // together, rank) for dest in everyone if dest != rank}
+    # Between strided runs every rank needs nearly everything, so a union of needs is not worth computing.
+    trim = key.trim and (together == 1 or all(run.stride == 1 for runs in k_layout.ranks for run in runs))
+    keys = _runs(k_layout, everyone)
+    low = lower(bands, _runs(q_layout, [rank], shift), keys)
+    if trim:
+        mine = low if together == 1 else lower(bands, _runs(q_layout, group, shift), keys)
+        theirs = lower(bands, _runs(q_layout, everyone, shift), _runs(k_layout, [rank]))
+        by_owner, by_group = _reach(mine, mine.k_rank, key.max_gap), _reach(theirs, theirs.q_rank // together, key.max_gap)
+        wanted = {owner: by_owner.get(owner, ()) for owner in everyone if owner != rank}
+        asked = {dest: by_group.get(dest // together, ()) for dest in everyone if dest != rank}
+    else:
+        whole: list[Ranges] = [((0, n),) if n else () for n in k_layout.lengths]
+        wanted = {owner: whole[owner] for owner in everyone if owner != rank}
+        asked = {dest: whole[rank] for dest in everyone if dest != rank}
     # The same steps and slots on every rank, also where a rank has nothing to move: collective transports need all to take part.
     ways = sorted({route(schedule, rings, rank, owner)[:2] for owner in wanted})
     n_steps = 1 + max((step for step, _ in ways), default=0)
@@ -491,8 +509,9 @@ def make_plan(key: PlanKey) -> Plan:
             for dest in group:
                 if dest != rank:
                     add(dest, owner, wanted[owner])
-    own = np.flatnonzero(mine.q_rank == rank)
-    low = mine._replace(**{name: getattr(mine, name)[own] for name in ("rows", "residue", "q_rank", "k_rank", "k_run")})
+    order = np.argsort(low.k_rank, kind="stable")
+    owners, first = np.unique(low.k_rank[order], return_index=True)
+    rows_of = dict(zip(owners.tolist(), np.split(order, first)[1:], strict=True))
     stages[0] = [(rank, ((0, k_layout.lengths[rank]),))]
     members = slice(rank * ulysses, (rank + 1) * ulysses)
     return Plan(
@@ -503,7 +522,7 @@ def make_plan(key: PlanKey) -> Plan:
         q_lengths=key.q_layout.lengths[members],
         k_lengths=key.k_layout.lengths[members],
         shares=head_shares(key.heads, key.kv_heads, ulysses),
-        steps=tuple(_stage(low, chunks) for chunks in stages),
+        steps=tuple(_stage(low, rows_of, chunks) for chunks in stages),
         posts=tuple(tuple(Post(step, tuple(sorted(ts))) for step, ts in sorted(slot.items())) for slot in posts),
         homes=tuple(tuple(sorted(slot)) for slot in homes),
     )

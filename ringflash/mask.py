@@ -180,6 +180,9 @@ class Documents(Mask):
     def __hash__(self) -> int:
         return self._hash  # thousands of lengths are hashed once, not at every look-up of a plan
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Documents, (self.lengths, self.is_causal, self.size)  # hashes differ between processes and must not travel
+
     def __repr__(self) -> str:
         return f"Documents({len(self.lengths)} of {sum(self.lengths)} tokens, causal={self.is_causal}, window={self.size})"
 

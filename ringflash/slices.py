@@ -8,7 +8,7 @@ Slices; causal, windows, packed documents, prefixes and block maps are tables, n
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -119,6 +119,9 @@ class Slices(Sequence[Slice]):
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Slices) and self._bytes == other._bytes
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Slices, (self.table,)
 
     def __repr__(self) -> str:
         head = ", ".join(str(tuple(s)) for s in list(self)[:4])

@@ -14,6 +14,9 @@ import torch.distributed as dist
 from ringflash.parallel.transport import Label, Message, Pending
 from ringflash.parallel.transport.alltoall import AllToAll, Collective
 
+# torch 2.13 renamed it and warns at every call of the old name
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 class AllGather(AllToAll):
     """all_gather_into_tensor for chunks, padded to the longest; all_to_all_single for the rest."""
@@ -28,6 +31,6 @@ class AllGather(AllToAll):
         longest = max([own.numel(), *(m.tensor.numel() * m.tensor.element_size() for m in receives)])
         padded = own if own.numel() == longest else torch.cat([own, own.new_zeros(longest - own.numel())])
         everything = torch.empty(self.world * longest, dtype=torch.uint8, device=self.device)
-        work = dist.all_gather_into_tensor(everything, padded, group=self.group, async_op=True)
+        work = _all_gather(everything, padded, group=self.group, async_op=True)
         assert work is not None
         return Collective(self, label, work, [padded], everything, [peer * longest for peer in range(self.world)], receives)
