@@ -119,9 +119,8 @@ def _tiled(x_BHSD: Tensor, start: int, length: int, n: int) -> Tensor:
 
 
 def _untiled(x: Tensor, n: int) -> Tensor:
-    """The way back: (B n, H, length, D) -> (B, n length, H, D)."""
-    x = x.transpose(1, 2)
-    return x if n == 1 else x.unflatten(0, (-1, n)).flatten(1, 2)
+    """(B n, length, ...) -> (B, n length, ...)."""
+    return x.unflatten(0, (-1, n)).flatten(1, 2)
 
 
 def _at_origin(s: Slice) -> Slice:
@@ -176,17 +175,22 @@ class Cpu:
         tiles = _Tiles(q, k, v, max(q.shape[3], v.shape[3]))
         for s, n in repeats(slices):
             q_run, k_run, v_run = tiles.of_run(s, n)
-            run_state = Running((q_run.shape[0], q_run.shape[2], q.shape[2], v.shape[3]), q_run.dtype, q.device)
+            # A single Slice goes straight into the state, a batch of them first into a state of its own.
+            batch_state = None if n == 1 else Running((len(q_run), q_run.shape[2], q.shape[2], v.shape[3]), q_run.dtype, q.device)
             for part in _parts(_at_origin(s)):
                 rows, keys = slice(part.q0, part.q1), slice(part.k0, part.k1)
                 is_causal, mask = _mask_arguments(part, q_run.dtype)
                 out, lse = _forward(
                     q_run[:, :, rows], k_run[:, :, keys], v_run[:, :, keys], 0.0, is_causal, attn_mask=mask, scale=scale
                 )
-                run_state.put(part.q0, part.q1, out[..., : v.shape[3]].transpose(1, 2), lse)
-            out, lse = run_state.result(finish=False)
-            out = _untiled(out.transpose(1, 2), n)
-            state.put(s.q0, s.q0 + out.shape[1], out, _untiled(lse.unsqueeze(-1), n).squeeze(-1).transpose(1, 2))
+                out = out[..., : v.shape[3]].transpose(1, 2)
+                if batch_state is None:
+                    state.put(s.q0 + part.q0, s.q0 + part.q1, out, lse)
+                else:
+                    batch_state.put(part.q0, part.q1, out, lse)
+            if batch_state is not None:
+                out, lse = batch_state.result(finish=False)
+                state.put(s.q0, s.q0 + n * (s.q1 - s.q0), _untiled(out, n), _untiled(lse.transpose(1, 2), n).transpose(1, 2))
         return state.result(finish)
 
     def backward(
