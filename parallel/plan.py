@@ -20,13 +20,17 @@ import numpy as np
 
 from ringflash.mask import Bands, Mask, overlaps
 from ringflash.parallel.layout import Layout
-from ringflash.slices import UNBOUNDED, IntArray, Slices, tighten
+from ringflash.slices import UNBOUNDED, IntArray, Slices, area, tighten
 
 SCHEDULES = ("auto", "ring", "allgather", "staged", "ulysses", "hybrid", "double_ring")
 
 
 MAX_GAP = 128
 """A message costs some 20 us, in which a link moves thousands of rows; one kernel tile keeps the waste invisible."""
+
+
+COALESCE_UP_TO = 4096
+"""Slices of a stage that are worth joining. Longer tables (thousands of documents, striped) hardly shrink and cost seconds."""
 
 
 @dataclass(frozen=True)
@@ -392,18 +396,37 @@ def _reach(low: _Lowered, pair: IntArray, max_gap: int) -> dict[int, Ranges]:
 
 
 def _coalesce(rows: IntArray) -> IntArray:
-    """Joins Slices of the same rows whose keys touch and whose bands continue each other: fewer, larger kernel calls."""
+    """Joins Slices into larger ones wherever two of them are exactly one band: fewer, larger kernel calls.
+
+    So the local step of zigzag (causal, full, causal) becomes one causal Slice, and its other steps one full Slice each.
+    """
+    rows, _ = tighten(rows)
+    while len(rows) <= COALESCE_UP_TO:
+        before = len(rows)
+        rows = _join_neighbours(rows, np.lexsort((rows[:, 2], rows[:, 1], rows[:, 0])))  # same rows, keys side by side
+        rows = _join_neighbours(rows, np.lexsort((rows[:, 0], rows[:, 2])))  # same first key, rows one below the other
+        rows = _join_neighbours(rows, np.lexsort((rows[:, 2], rows[:, 0])))
+        if len(rows) == before:
+            break
+    return rows
+
+
+def _join_neighbours(rows: IntArray, order: IntArray) -> IntArray:
+    """One pass over pairs that follow each other in the given order; Slices are disjoint, so equal area means equal sets."""
+    rows = rows[order]
     if len(rows) < 2:
         return rows
-    q0, q1, k0, k1, lo, hi = (rows[:, i].copy() for i in range(6))
-    lo = np.where(lo <= k0 - q1 + 1, -UNBOUNDED, lo)  # bounds that mask nothing must not keep two Slices apart
-    hi = np.where(hi >= k1 - 1 - q0, UNBOUNDED, hi)
-    order = np.lexsort((k0, q1, q0))
-    q0, q1, k0, k1, lo, hi = (x[order] for x in (q0, q1, k0, k1, lo, hi))
-    joins = (q0[1:] == q0[:-1]) & (q1[1:] == q1[:-1]) & (k0[1:] == k1[:-1]) & (lo[1:] == lo[:-1]) & (hi[1:] == hi[:-1])
-    head = np.flatnonzero(np.concatenate([[True], ~joins]))
-    tail = np.concatenate([head[1:], [len(q0)]]) - 1
-    return np.stack([q0[head], q1[head], k0[head], k1[tail], lo[head], hi[head]], axis=1)
+    a, b = rows[:-1], rows[1:]
+    union = np.where(np.array([True, False, True, False, True, False]), np.minimum(a, b), np.maximum(a, b))
+    joins = area(union) == area(a) + area(b)
+    # Of pairs in a row every second one: a Slice joins one neighbour a pass.
+    index = np.arange(len(joins))
+    begins = joins & ~np.concatenate([[False], joins[:-1]])
+    begin = np.maximum.accumulate(np.where(begins, index, 0))
+    joins &= (index - begin) % 2 == 0
+    joined = rows.copy()
+    joined[:-1][joins] = union[joins]
+    return joined[~np.concatenate([[False], joins])]
 
 
 def _parts(rows: IntArray, residue: IntArray, modulus: int) -> tuple[Part, ...]:
@@ -428,7 +451,7 @@ def _parts(rows: IntArray, residue: IntArray, modulus: int) -> tuple[Part, ...]:
                 ],
                 axis=1,
             )
-            slices = Slices(_coalesce(tighten(view)[0]))
+            slices = Slices(_coalesce(view))
             if len(slices):
                 parts.append(Part(View(q_start, modulus), View(k_start, modulus), slices))
     return tuple(parts)
