@@ -19,7 +19,7 @@ from ringflash.launch import world
 
 LOST_PEER = 75
 """Exit code of a rank that failed only because another one did (EX_TEMPFAIL)."""
-_STOPPED = tuple(128 + s for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
+_STOPPED = tuple(128 + s for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1))
 _SHUTDOWN_S = 120
 
 # Until the rank's own handlers are in place, an interrupt must end it without a traceback from the middle of an import.

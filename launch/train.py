@@ -165,7 +165,8 @@ def _header(trainer: Trainer, unigram: float) -> list[str]:
     mask = "packed documents" if config.data.documents else "causal"
     skipped = f" ({corpus.skipped} skipped)" if corpus.skipped else ""
     return [
-        f"ringflash train: {replicas}{trainer.cp.world} ranks on {machine.device}, {machine.dtype}, {trainer.world.threads()} threads each",
+        f"ringflash train: {replicas}{trainer.cp.world} ranks on {machine.device}, {machine.dtype}, "
+        f"{trainer.world.threads()} CPU threads each",
         f"context  {config.seqlen:,} tokens, {per_rank} a rank, {mask}, layout {parallel.layout}, schedule {parallel.schedule}",
         f"model    {trainer.size:,} parameters, {model.layers} layers, {model.heads} heads of {model.head_dim}, "
         f"{model.kv_heads} for keys and values",

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
 _SLURM_PORTS = 20_000
+_SECOND_SIGNAL_S = 2.0
 
 
 def launcher(environment: Mapping[str, str] = os.environ) -> str | None:
@@ -157,19 +158,21 @@ def _first_host(hosts: str) -> str:
 class StopRequest:
     """Turns Ctrl-C and termination into a wish that the training loop grants between two steps, on all ranks together.
 
-    A second signal does not wait. A launcher that vanished (kill -9) counts as a request, so that no rank outlives it.
-    """
+    A second signal some seconds later does not wait; one right after the first is the same one on another way (terminal and
+    launcher). A launcher that vanished (kill -9) counts as a request, so that no rank outlives it."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
         self._parent = os.getppid()
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        self._since = 0.0
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
             signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None:
+        if self.signal is None:
+            self.signal, self._since = number, time.monotonic()
+        elif time.monotonic() - self._since > _SECOND_SIGNAL_S:
             os._exit(128 + number)
-        self.signal = number
 
     @property
     def wanted(self) -> bool:
