@@ -1,0 +1,597 @@
+// Attention forward for sm_90a: the Slices of one step into a running (out, lse).
+//
+// One persistent CTA per multiprocessor; an item of work is one tile of rows of one head. Warpgroup 0 holds the producer, one warp:
+// it claims items (longest first), copies Q, K and V tiles into shared memory and, for a masked tile, writes each row's interval of
+// visible columns beside K. The other warpgroups own 64 rows each and never meet a Slice. Their step computes S(i) = Q K(i)^T beside
+// O += P(i-1) V(i-1), so that the tensor cores work while the exponentials of S(i) are formed (FlashAttention-3, section 3.2);
+// across the end of an item too: the next item's first S rides with this one's last PV.
+//
+// A running result (out, lse) is an online-softmax state (accumulator = out, max = lse, sum = 1). Continuing is loading it.
+#pragma once
+#include <cuda_runtime.h>
+
+#include <type_traits>
+
+#include "../device/band.cuh"
+#include "../device/ptx.cuh"
+#include "../device/softmax.cuh"
+#include "forward_api.h"
+#include "traits.h"
+
+namespace ringflash {
+
+/// Words of a record of the tile table. An item's record holds its first run too, so that short items need one load.
+namespace record {
+constexpr int kQTile = 0, kTiles = 1, kRunBegin = 2, kRunEnd = 3;                        // item
+constexpr int kKeyTile = 4, kKeyTileEnd = 5, kExtraBegin = 6, kExtraEnd = 7, kBand = 8;  // run; kExtraBegin < 0: full, no mask
+constexpr int kMaskedTiles = 14;                                                         // item; the masked ones come first
+constexpr int kWords = 16, kExtraWords = 8;
+}  // namespace record
+
+struct ForwardParams {
+  void* out;
+  float* acc;
+  const float* lse_in;
+  float* lse;
+  const int32_t *items, *runs, *extra;
+  int32_t* counter;
+  RfStrides out_strides, acc_strides, lse_in_strides, lse_strides;
+  int q_tiles, heads, heads_per_kv_head, batch_heads, heads_per_group, q_len, head_dim_v;
+  bool carry, finish;
+  float scale_log2;       // scores are multiplied by this and exponentiated to base 2
+  float two_log2e_scale;  // with softcap: 2 log2(e) scale / softcap
+};
+
+__device__ __forceinline__ int64_t offset(const RfStrides& strides, int b, int row, int h) {
+  return b * strides.batch + row * strides.seq + h * strides.head;
+}
+
+struct Item {
+  int q_tile, batch_head, tiles, masked;  // batch_head: head | batch << 16; q_tile < 0: no more work
+};
+
+template <class Tile>
+struct __align__(1024) ForwardShared {
+  // 128-byte-swizzled panels of 64 columns: [panel][row][64]
+  uint16_t q[Tile::kQStages][Tile::kPanels * Tile::kRows * 64];
+  uint16_t k[Tile::kKStages][Tile::kPanels * Tile::kKeys * 64];
+  uint16_t v[Tile::kVStages][Tile::kPanelsV * Tile::kKeys * 64];
+  uint16_t out[Tile::kStagedStore ? Tile::kPanelsV * Tile::kRows * 64 : 8];
+  Interval intervals[Tile::kKStages][Tile::kRows];
+  Item item[Tile::kQStages];
+  uint64_t q_ready[Tile::kQStages], q_free[Tile::kQStages];
+  uint64_t k_ready[Tile::kKStages], k_free[Tile::kKStages];
+  uint64_t v_ready[Tile::kVStages], v_free[Tile::kVStages];
+};
+
+/// A place in a ring of N stages and the parity of its current phase.
+template <int N>
+struct Ring {
+  int at;
+  uint32_t parity;
+  __device__ __forceinline__ void advance() {
+    if (++at == N) {
+      at = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+/// Named barriers of the warpgroups' turns: 1 + warpgroup.
+template <int Consumers>
+__device__ __forceinline__ void take_turn(int w) {
+  if (w == 0) ptx::barrier_sync<1, 256>();
+  if (w == 1) ptx::barrier_sync<2, 256>();
+  if (Consumers > 2 && w == 2) ptx::barrier_sync<3, 256>();
+}
+template <int Consumers>
+__device__ __forceinline__ void give_turn(int w) {
+  if (w == 0) ptx::barrier_arrive<2, 256>();
+  if (w == 1) ptx::barrier_arrive<Consumers == 2 ? 1 : 3, 256>();
+  if (Consumers > 2 && w == 2) ptx::barrier_arrive<1, 256>();
+}
+
+// ------------------------------------------------------------------------------------------------- producer
+
+template <class Tile>
+__device__ __forceinline__ void produce(ForwardShared<Tile>& s, const CUtensorMap* q_map, const CUtensorMap* k_map,
+                                        const CUtensorMap* v_map, const ForwardParams& p) {
+  using namespace record;
+  constexpr int kRows = Tile::kRows, kKeys = Tile::kKeys;
+  const int lane = threadIdx.x % 32;
+  const int total = p.q_tiles * p.batch_heads, per_group = p.q_tiles * p.heads_per_group;
+  Ring<Tile::kQStages> q{0, 1};
+  Ring<Tile::kKStages> k{0, 1};
+  Ring<Tile::kVStages> v{0, 1};
+  if (lane == 0) {
+    ptx::prefetch_tensor_map(q_map);
+    ptx::prefetch_tensor_map(k_map);
+    ptx::prefetch_tensor_map(v_map);
+  }
+  const auto word = [](int rec, int field) { return __shfl_sync(~0u, rec, field); };  // a record is one word per lane
+
+  // Items in groups of heads whose K and V fit L2; in a group, all heads of the longest Q tile first.
+  int index = blockIdx.x, batch_head = 0, rec = 0;
+  const auto fetch = [&] {
+    if (index >= total) return;
+    const int group = index / per_group, rest = index - group * per_group;
+    const int heads = min(p.heads_per_group, p.batch_heads - group * p.heads_per_group), place = rest / heads;
+    batch_head = group * p.heads_per_group + rest - place * heads;
+    rec = lane < kWords ? __ldg(p.items + place * kWords + lane) : 0;
+  };
+  fetch();
+  while (index < total) {
+    const int b = batch_head / p.heads, h = batch_head - b * p.heads, kv_head = h / p.heads_per_kv_head;
+    const int q_tile = word(rec, kQTile), tiles = word(rec, kTiles), run_end = word(rec, kRunEnd), masked = word(rec, kMaskedTiles);
+    ptx::mbarrier_wait(&s.q_free[q.at], q.parity);
+    if (lane == 0) {
+      s.item[q.at] = {q_tile, h | (b << 16), tiles, masked};
+      ptx::mbarrier_arrive_expect(&s.q_ready[q.at], sizeof(s.q[0]));
+#pragma unroll
+      for (int c = 0; c < Tile::kPanels; c++)
+        ptx::tensor_load(s.q[q.at] + c * kRows * 64, q_map, &s.q_ready[q.at], c * 64, q_tile * kRows, h, b, ptx::kEvictFirst);
+    }
+    q.advance();
+    if (p.carry) {  // the running output on its way to L2
+      const int lines = (p.head_dim_v + 31) / 32;
+      for (int e = lane; e < kRows * lines; e += 32) {
+        const int i = q_tile * kRows + e / lines;
+        if (i < p.q_len)
+          ptx::prefetch_l2(p.acc + offset(p.acc_strides, b, i, h) + (e % lines) * 32);
+      }
+    }
+    // The next item is claimed as late as its latency allows: longest first balances only what is not claimed yet (claiming at
+    // the start of an item cost 4-5 % at 16k causal).
+    int run = rec, left = tiles, next = 0;
+    const auto claim = [&] {
+      if (lane == 0) next = gridDim.x + atomicAdd(p.counter, 1);
+    };
+    const auto take = [&] {
+      index = word(next, 0);
+      fetch();
+    };
+    if (tiles == 0) {
+      claim();
+      take();
+      continue;
+    }
+#pragma unroll 1
+    for (int r = word(rec, kRunBegin); r < run_end; r++) {
+      int following = 0;
+      if (r + 1 < run_end && lane < kWords) following = __ldg(p.runs + (r + 1) * kWords + lane);
+      const int tile_end = word(run, kKeyTileEnd), extra_begin = word(run, kExtraBegin);
+#pragma unroll 1
+      for (int tile = word(run, kKeyTile); tile < tile_end; tile++) {
+        if (--left == 0) claim();
+        ptx::mbarrier_wait(&s.k_free[k.at], k.parity);
+        if (lane == 0) {
+          ptx::mbarrier_arrive_expect(&s.k_ready[k.at], sizeof(s.k[0]));
+#pragma unroll
+          for (int c = 0; c < Tile::kPanels; c++)
+            ptx::tensor_load(s.k[k.at] + c * kKeys * 64, k_map, &s.k_ready[k.at], c * 64, tile * kKeys, kv_head, b,
+                             ptx::kEvictLast);
+        }
+        if (extra_begin >= 0) {  // masked: this lane's rows' intervals
+          const int q0 = word(run, kBand), q1 = word(run, kBand + 1), k0 = word(run, kBand + 2), k1 = word(run, kBand + 3),
+                    lo = word(run, kBand + 4), hi = word(run, kBand + 5);
+#pragma unroll
+          for (int e = 0; e < kRows; e += 32) {
+            const int i = q_tile * kRows + e + lane;
+            s.intervals[k.at][e + lane] =
+                i >= q0 && i < q1 ? band_interval(i, k0, k1, lo, hi, tile * kKeys, kKeys) : Interval::of(0, 0);
+          }
+          const int extra_end = word(run, kExtraEnd);
+#pragma unroll 1
+          for (int x = extra_begin; x < extra_end; x++) {  // further Slices, of other rows
+            const int4 a = __ldg(reinterpret_cast<const int4*>(p.extra + x * kExtraWords));
+            const int2 c = __ldg(reinterpret_cast<const int2*>(p.extra + x * kExtraWords + 4));
+#pragma unroll 1
+            for (int e = lane; e < kRows; e += 32) {
+              const int i = q_tile * kRows + e;
+              if (i >= a.x && i < a.y) s.intervals[k.at][e] = band_interval(i, a.z, a.w, c.x, c.y, tile * kKeys, kKeys);
+            }
+          }
+        }
+        __syncwarp();
+        if (lane == 0) ptx::mbarrier_arrive(&s.k_ready[k.at]);
+        k.advance();
+        if (left == 0) take();  // under the wait for V's place
+        ptx::mbarrier_wait(&s.v_free[v.at], v.parity);
+        if (lane == 0) {
+          ptx::mbarrier_arrive_expect(&s.v_ready[v.at], sizeof(s.v[0]));
+#pragma unroll
+          for (int c = 0; c < Tile::kPanelsV; c++)
+            ptx::tensor_load(s.v[v.at] + c * kKeys * 64, v_map, &s.v_ready[v.at], c * 64, tile * kKeys, kv_head, b,
+                             ptx::kEvictLast);
+        }
+        v.advance();
+      }
+      run = following;
+    }
+  }
+  ptx::mbarrier_wait(&s.q_free[q.at], q.parity);
+  if (lane == 0) {
+    s.item[q.at] = {-1, 0, 0, 0};
+    ptx::mbarrier_arrive(&s.q_ready[q.at]);
+    if (atomicAdd(p.counter + 1, 1) == gridDim.x - 1) p.counter[0] = p.counter[1] = 0;  // ready for the next launch
+  }
+}
+
+// ------------------------------------------------------------------------------------------------- consumer
+
+template <class T, class Tile, bool kSoftcap>
+__device__ __forceinline__ void consume(ForwardShared<Tile>& s, const CUtensorMap* out_map, const ForwardParams& p) {
+  constexpr int kRows = Tile::kRows, kKeys = Tile::kKeys;
+  constexpr int kS = kKeys / 2, kP = kKeys / 4, kO = Tile::kHeadDimV / 2;  // registers of S, P, O
+  constexpr int kStepsQK = Tile::kHeadDim / 16, kStepsPV = kKeys / 16;
+  using QK = ptx::Wgmma<kKeys, T>;
+  using PV = ptx::Wgmma<Tile::kHeadDimV, T, false, true>;
+  const int w = __shfl_sync(~0u, threadIdx.x / 128, 0) - 1, warp = __shfl_sync(~0u, threadIdx.x % 128 / 32, 0);
+  const int lane = threadIdx.x % 32, c0 = lane % 4 * 2;
+  const int local_row = w * 64 + warp * 16 + lane / 4;  // this lane's rows in the tile: local_row and + 8
+  const uint32_t q_low = ptx::descriptor_low(ptx::shared_address(s.q[0]) + w * 64 * 128);
+  const uint32_t k_low = ptx::descriptor_low(ptx::shared_address(s.k[0]));
+  const uint32_t v_low = ptx::descriptor_low(ptx::shared_address(s.v[0]), kKeys * 128);
+  float o[kO];
+  uint32_t probabilities[kP];
+  uint32_t q_fragments[Tile::kQInRegisters ? 4 * kStepsQK : 1];
+  OnlineSoftmax softmax;
+  Ring<Tile::kQStages> q{0, 0};
+  Ring<Tile::kKStages> k{0, 0};
+  Ring<Tile::kVStages> v{0, 0};
+
+  const auto turn = [&] {
+    if constexpr (Tile::kPingPong) take_turn<Tile::kConsumers>(w);
+  };
+  const auto pass = [&] {
+    if constexpr (Tile::kPingPong) give_turn<Tile::kConsumers>(w);
+  };
+  const auto wait_k = [&] { ptx::mbarrier_wait(&s.k_ready[k.at], k.parity); };
+  const auto wait_v = [&] { ptx::mbarrier_wait(&s.v_ready[v.at], v.parity); };
+  const auto issue_qk = [&](float(&x)[kS]) {
+    const uint32_t a = q_low + q.at * (sizeof(s.q[0]) / 16), b = k_low + k.at * (sizeof(s.k[0]) / 16);
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < kStepsQK; i++) {
+      const uint64_t key = ptx::descriptor(b + (i / 4) * kKeys * 8 + (i % 4) * 2);
+      if constexpr (Tile::kQInRegisters) {
+        if (i == 0)
+          QK::rs_first(x, q_fragments, key);
+        else
+          QK::rs(x, q_fragments + 4 * i, key);
+      } else {
+        const uint64_t query = ptx::descriptor(a + (i / 4) * kRows * 8 + (i % 4) * 2);
+        if (i == 0)
+          QK::ss_first(x, query, key);
+        else
+          QK::ss(x, query, key);
+      }
+    }
+    ptx::wgmma_commit();
+  };
+  const auto issue_pv = [&] {
+    const uint32_t b = v_low + v.at * (sizeof(s.v[0]) / 16);
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < kStepsPV; i++) PV::rs(o, probabilities + 4 * i, ptx::descriptor(b + i * 128));
+    ptx::wgmma_commit();
+  };
+  const auto pack = [&](float(&x)[kS]) {
+#pragma unroll
+    for (int i = 0; i < kP; i++) probabilities[i] = ptx::pack<T>(x[2 * i], x[2 * i + 1]);
+  };
+  const auto read_intervals = [&](Interval& upper, Interval& lower) {
+    upper = s.intervals[k.at][local_row];
+    lower = s.intervals[k.at][local_row + 8];
+    __syncwarp();
+  };
+  const auto free_k = [&] {
+    if (lane == 0) ptx::mbarrier_arrive(&s.k_free[k.at]);
+    k.advance();
+  };
+  const auto free_v = [&] {
+    if (lane == 0) ptx::mbarrier_arrive(&s.v_free[v.at]);
+    v.advance();
+  };
+  const auto free_q = [&] {
+    __syncwarp();
+    if (lane == 0) ptx::mbarrier_arrive(&s.q_free[q.at]);
+    q.advance();
+  };
+  const auto load_q = [&] {
+    if constexpr (Tile::kQInRegisters) {
+      const uint32_t base = ptx::shared_address(s.q[q.at]) + (w * 64 + warp * 16 + (lane & 15)) * 128;
+#pragma unroll
+      for (int i = 0; i < kStepsQK; i++)
+        ptx::ldmatrix_x4(q_fragments + 4 * i, base + (i / 4) * kRows * 128 + ((((i % 4) * 2 + (lane >> 4)) ^ (lane & 7)) << 4));
+      free_q();
+    }
+  };
+  const auto next_item = [&] {
+    ptx::mbarrier_wait(&s.q_ready[q.at], q.parity);
+    return s.item[q.at];
+  };
+  const auto scores_to_weights = [&](float(&x)[kS], bool masked, Interval upper, Interval lower) {
+    if constexpr (kSoftcap) tanh_scores(x, p.two_log2e_scale);
+    if (masked) mask_scores(x, upper, lower, c0);
+    softmax.update(x, p.scale_log2);
+  };
+
+  const auto acc_row = [&](const Item& item, int row) {
+    return p.acc + offset(p.acc_strides, item.batch_head >> 16, row, item.batch_head & 0xffff);
+  };
+  const auto out_row = [&](const Item& item, int row) {
+    return static_cast<T*>(p.out) + offset(p.out_strides, item.batch_head >> 16, row, item.batch_head & 0xffff);
+  };
+  const auto lse_at = [&](const Item& item, const RfStrides& strides, int row) {
+    return offset(strides, item.batch_head >> 16, row, item.batch_head & 0xffff);
+  };
+  const auto start_statistics = [&](const Item& item) {
+    softmax.start_empty();
+    if (p.carry) {
+      const int row = item.q_tile * kRows + local_row;
+      const float upper = row < p.q_len ? p.lse_in[lse_at(item, p.lse_in_strides, row)] : -INFINITY;
+      const float lower = row + 8 < p.q_len ? p.lse_in[lse_at(item, p.lse_in_strides, row + 8)] : -INFINITY;
+      softmax.start_from(upper, lower, lane % 4 == 0);
+    }
+  };
+  // The accumulator of a new item, after its first softmax: zero, or the running output scaled by it.
+  const auto start_accumulator = [&](const Item& item) {
+    if (p.carry) {
+      const int odd = lane & 1, row = item.q_tile * kRows + local_row + odd * 8;
+      const float* g = acc_row(item, row) + (c0 & 4);
+#pragma unroll
+      for (int j = 0; j < kO / 4; j++) {
+        float4 x = make_float4(0.f, 0.f, 0.f, 0.f);
+        if (row < p.q_len && j * 8 < p.head_dim_v) x = __ldcs(reinterpret_cast<const float4*>(g + j * 8));
+        o[j * 4] = x.x, o[j * 4 + 1] = x.y, o[j * 4 + 2] = x.z, o[j * 4 + 3] = x.w;
+      }
+#pragma unroll
+      for (int j = 0; j < kO / 4; j++) {  // 16 bytes of one row per lane -> neighbours swap halves -> accumulator layout
+        const float a = __shfl_xor_sync(~0u, odd ? o[j * 4] : o[j * 4 + 2], 1);
+        const float b = __shfl_xor_sync(~0u, odd ? o[j * 4 + 1] : o[j * 4 + 3], 1);
+        if (odd)
+          o[j * 4] = a, o[j * 4 + 1] = b;
+        else
+          o[j * 4 + 2] = a, o[j * 4 + 3] = b;
+      }
+      softmax.rescale(o);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kO; i++) o[i] = 0.f;
+    }
+    ptx::pin(o);  // without it ptxas lets o wander between registers and moves it in every step of the main loop
+  };
+  // Rows that see nothing in this launch: 0 and -inf, or what was carried in.
+  const auto write_empty = [&](const Item& item) {
+    const int row = item.q_tile * kRows + w * 64 + warp * 16 + lane / 2;
+    if (row >= p.q_len || (p.carry && !p.finish)) return;
+#pragma unroll 1
+    for (int j = (lane & 1) * 4; j < p.head_dim_v; j += 8) {
+      float4 x = make_float4(0.f, 0.f, 0.f, 0.f);
+      if (p.carry) x = *reinterpret_cast<const float4*>(acc_row(item, row) + j);
+      if (p.finish)
+        *reinterpret_cast<uint2*>(out_row(item, row) + j) = make_uint2(ptx::pack<T>(x.x, x.y), ptx::pack<T>(x.z, x.w));
+      else
+        *reinterpret_cast<float4*>(acc_row(item, row) + j) = x;
+    }
+    if ((lane & 1) == 0)
+      p.lse[lse_at(item, p.lse_strides, row)] = p.carry ? p.lse_in[lse_at(item, p.lse_in_strides, row)] : -INFINITY;
+  };
+  const auto store_staged = [&](const Item& item, float i0, float i1) {
+    const uint32_t base = ptx::shared_address(s.out) + (w * 64 + warp * 16) * 128;
+    if (lane == 0) ptx::bulk_wait_read<0>();  // the item before has left
+    __syncwarp();
+    const int row = (lane & 7) + ((lane >> 3) & 1) * 8;
+#pragma unroll
+    for (int i = 0; i < kO / 8; i++)  // 16 columns
+      ptx::stmatrix_x4(base + (i / 4) * kRows * 128 + row * 128 + ((((i % 4) * 2 + (lane >> 4)) ^ (lane & 7)) << 4),
+                       ptx::pack<T>(o[8 * i] * i0, o[8 * i + 1] * i0), ptx::pack<T>(o[8 * i + 2] * i1, o[8 * i + 3] * i1),
+                       ptx::pack<T>(o[8 * i + 4] * i0, o[8 * i + 5] * i0), ptx::pack<T>(o[8 * i + 6] * i1, o[8 * i + 7] * i1));
+    ptx::fence_async_proxy();
+    __syncwarp();
+    if (lane == 0) {
+#pragma unroll
+      for (int c = 0; c < Tile::kPanelsV; c++)
+        ptx::tensor_store(out_map, s.out + c * kRows * 64 + (w * 64 + warp * 16) * 64, c * 64,
+                          item.q_tile * kRows + w * 64 + warp * 16, item.batch_head & 0xffff, item.batch_head >> 16);
+      ptx::bulk_commit();
+    }
+  };
+  const auto store_direct = [&](const Item& item, float i0, float i1) {  // 4 x 4 transposes in a quad: 16 bytes a lane, 64 a row
+    const int member = lane & 3, row = item.q_tile * kRows + local_row;
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      T* g = out_row(item, row + 8 * r) + member * 8;
+      const float inverse = r ? i1 : i0;
+#pragma unroll
+      for (int jj = 0; jj < kO / 16; jj++) {
+        uint32_t x[4];
+#pragma unroll
+        for (int e = 0; e < 4; e++)
+          x[e] = ptx::pack<T>(o[(jj * 4 + e) * 4 + 2 * r] * inverse, o[(jj * 4 + e) * 4 + 2 * r + 1] * inverse);
+#pragma unroll
+        for (int e = 0; e < 4; e += 2) {
+          const uint32_t y = __shfl_xor_sync(~0u, (member & 1) ? x[e] : x[e + 1], 1);
+          if (member & 1)
+            x[e] = y;
+          else
+            x[e + 1] = y;
+        }
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+          const uint32_t y = __shfl_xor_sync(~0u, (member & 2) ? x[e] : x[e + 2], 2);
+          if (member & 2)
+            x[e] = y;
+          else
+            x[e + 2] = y;
+        }
+        if (row + 8 * r < p.q_len && jj * 32 + member * 8 < p.head_dim_v)
+          *reinterpret_cast<uint4*>(g + jj * 32) = make_uint4(x[0], x[1], x[2], x[3]);
+      }
+    }
+  };
+  const auto store_float = [&](const Item& item, float i0, float i1) {
+    const int odd = lane & 1, row = item.q_tile * kRows + local_row + odd * 8;
+    float* g = acc_row(item, row) + (c0 & 4);
+#pragma unroll
+    for (int j = 0; j < kO / 4; j++) {
+      const float a = o[j * 4] * i0, b = o[j * 4 + 1] * i0, c = o[j * 4 + 2] * i1, d = o[j * 4 + 3] * i1;
+      const float x = __shfl_xor_sync(~0u, odd ? a : c, 1), y = __shfl_xor_sync(~0u, odd ? b : d, 1);
+      if (row < p.q_len && j * 8 < p.head_dim_v)
+        __stcs(reinterpret_cast<float4*>(g + j * 8), odd ? make_float4(x, y, c, d) : make_float4(a, b, x, y));
+    }
+  };
+  const auto store = [&](const Item& item) {
+    softmax.finish();
+    const int row = item.q_tile * kRows + local_row;
+    if (lane % 4 == 0) {
+      if (row < p.q_len) p.lse[lse_at(item, p.lse_strides, row)] = softmax.lse(0);
+      if (row + 8 < p.q_len) p.lse[lse_at(item, p.lse_strides, row + 8)] = softmax.lse(1);
+    }
+    const float i0 = softmax.inverse(0), i1 = softmax.inverse(1);
+    if (!p.finish)
+      store_float(item, i0, i1);
+    else if constexpr (Tile::kStagedStore)
+      store_staged(item, i0, i1);
+    else
+      store_direct(item, i0, i1);
+  };
+
+  // One step: S of tile i beside PV of tile i - 1.
+  const auto step = [&](auto is_masked) {
+    constexpr bool kMasked = decltype(is_masked)::value;
+    float x[kS];
+    Interval upper{0}, lower{0};
+    wait_k();
+    turn();
+    issue_qk(x);
+    wait_v();
+    issue_pv();
+    pass();
+    ptx::wgmma_wait<1>();
+    ptx::pin(x);
+    if constexpr (kMasked) read_intervals(upper, lower);
+    free_k();
+    scores_to_weights(x, kMasked, upper, lower);
+    // ptxas is free to move the wait above arithmetic that does not touch the accumulators, and does: nothing would overlap.
+    // A branch on the row sum (a sum of exponentials is never negative) ends the basic block.
+    if (softmax.sum[0] + softmax.sum[1] < -1.f) asm volatile("trap;");
+    ptx::wgmma_wait<0>();
+    ptx::pin(o);
+    ptx::pin(probabilities);
+    free_v();
+    pack(x);
+    softmax.rescale(o);
+  };
+
+  if (Tile::kPingPong && w == 0) ptx::barrier_arrive<1, 256>();  // the first turn is warpgroup 0's
+  Item item = next_item();
+  while (item.q_tile >= 0) {
+    if (item.tiles == 0) {
+      write_empty(item);
+      free_q();
+      item = next_item();
+      continue;
+    }
+    load_q();
+    {
+      float x[kS];
+      Interval upper{0}, lower{0};
+      wait_k();
+      turn();
+      issue_qk(x);
+      pass();
+      start_statistics(item);
+      ptx::wgmma_wait<0>();
+      ptx::pin(x);
+      if (item.masked > 0) read_intervals(upper, lower);
+      free_k();
+      scores_to_weights(x, item.masked > 0, upper, lower);
+      pack(x);
+      start_accumulator(item);
+    }
+    for (;;) {
+      int i = 1;
+#pragma unroll 1
+      for (; i < item.masked; i++) step(std::true_type{});
+#pragma unroll 1
+      for (; i < item.tiles; i++) step(std::false_type{});
+      const Item done = item;
+      if constexpr (!Tile::kQInRegisters) free_q();
+      item = next_item();
+      if (item.q_tile < 0 || item.tiles == 0) {
+        turn();
+        wait_v();
+        issue_pv();
+        pass();
+        ptx::wgmma_wait<0>();
+        ptx::pin(o);
+        ptx::pin(probabilities);
+        free_v();
+        store(done);
+        break;
+      }
+      // The seam: the next item's first S beside this one's last PV; the store runs under the other warpgroup's products.
+      load_q();
+      float x[kS];
+      Interval upper{0}, lower{0};
+      wait_k();
+      turn();
+      issue_qk(x);
+      wait_v();
+      issue_pv();
+      pass();
+      ptx::wgmma_wait<0>();
+      ptx::pin(x);
+      ptx::pin(o);
+      ptx::pin(probabilities);
+      if (item.masked > 0) read_intervals(upper, lower);
+      free_k();
+      free_v();
+      store(done);
+      start_statistics(item);
+      scores_to_weights(x, item.masked > 0, upper, lower);
+      pack(x);
+      start_accumulator(item);
+    }
+  }
+  if (Tile::kPingPong && w == 0) ptx::barrier_sync<1, 256>();  // takes back the last turn
+  if (Tile::kStagedStore && lane == 0) ptx::bulk_wait<0>();
+}
+
+template <class T, class Tile, bool kSoftcap>
+__global__ void __launch_bounds__(Tile::kThreads, 1)
+    forward_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap k_map,
+                   const __grid_constant__ CUtensorMap v_map, const __grid_constant__ CUtensorMap out_map,
+                   const __grid_constant__ ForwardParams p) {
+  extern __shared__ __align__(1024) uint8_t raw[];
+  auto& s = *reinterpret_cast<ForwardShared<Tile>*>(raw);
+  static_assert(sizeof(s) <= 232448, "more shared memory than a CTA can have");
+  if (threadIdx.x == 0) {
+    constexpr int kWarps = 4 * Tile::kConsumers;
+    for (int i = 0; i < Tile::kQStages; i++) {
+      ptx::mbarrier_init(&s.q_ready[i], 1);
+      ptx::mbarrier_init(&s.q_free[i], kWarps);
+    }
+    for (int i = 0; i < Tile::kKStages; i++) {
+      ptx::mbarrier_init(&s.k_ready[i], 2);  // the copy and the intervals
+      ptx::mbarrier_init(&s.k_free[i], kWarps);
+    }
+    for (int i = 0; i < Tile::kVStages; i++) {
+      ptx::mbarrier_init(&s.v_ready[i], 1);
+      ptx::mbarrier_init(&s.v_free[i], kWarps);
+    }
+    ptx::mbarrier_init_fence();
+  }
+  __syncthreads();
+  if (__shfl_sync(~0u, threadIdx.x / 128, 0) == 0) {
+    ptx::registers_lower<Tile::kProducerRegisters>();
+    if (threadIdx.x < 32) produce<Tile>(s, &q_map, &k_map, &v_map, p);
+  } else {
+    ptx::registers_raise<Tile::kConsumerRegisters>();
+    consume<T, Tile, kSoftcap>(s, &out_map, p);
+  }
+}
+
+}  // namespace ringflash

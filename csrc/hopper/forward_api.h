@@ -1,0 +1,34 @@
+// C ABI of the Hopper forward, in the conventions of csrc/api.h and csrc/params.h.
+#pragma once
+#include "../api.h"
+
+/// Attention of the Slices of one step into a running (out, lse).
+struct RfHopperForwardParams {
+  const void* q;         // (B, Sq, H, D) of `dtype`; q, k, v 16-byte aligned, their strides multiples of 8
+  const void* k;         // (B, Sk, Hkv, D)
+  const void* v;         // (B, Sk, Hkv, Dv)
+  void* out;             // (B, Sq, H, Dv) like q, 16-byte aligned, strides multiples of 8; written if `finish`
+  float* acc;            // (B, Sq, H, Dv) running output, 16-byte aligned, strides multiples of 4; read if `carry`, written if not `finish`
+  const float* lse_in;   // (B, H, Sq) running log-sum-exp; read if `carry`
+  float* lse;            // (B, H, Sq), always written; may be lse_in
+  const int32_t* items;  // (q_tiles, 16) of the tile table, ringflash/kernels/tiles.py
+  const int32_t* runs;   // (.., 16)
+  const int32_t* extra;  // (.., 8)
+  int32_t* counter;      // (2): zeros, and zeros again after the launch. Launches that may overlap need their own
+  RfStrides q_strides, k_strides, v_strides, out_strides, acc_strides, lse_in_strides, lse_strides;
+  int32_t batch, q_len, k_len, heads, kv_heads, head_dim, head_dim_v, q_tiles;
+  int32_t dtype;            // RfDtype, one of the 16-bit ones
+  int32_t carry;            // continue from (acc, lse_in)
+  int32_t finish;           // write out rather than acc
+  int32_t heads_per_group;  // (batch, head) pairs in work at the same time: their K and V should fit the L2 cache
+  int32_t ctas;             // multiprocessors to use
+  float scale;              // > 0
+  float softcap;            // 0: none
+  int32_t reserved;
+};
+static_assert(sizeof(RfHopperForwardParams) == 320, "ringflash/kernels/hopper.py mirrors this struct");
+
+RF_API int rf_hopper_forward(const RfHopperForwardParams* params, void* stream);
+
+/// The tile (rows, keys) that the tables of these head dims are made for. RF_ERROR_UNSUPPORTED if no kernel holds them.
+RF_API int rf_hopper_forward_tile(int32_t head_dim, int32_t head_dim_v, int32_t* rows, int32_t* keys);

@@ -1,0 +1,5 @@
+#include "forward_launch.cuh"
+
+namespace ringflash {
+template int launch_forward<__nv_bfloat16, ForwardChoice<256, 256>>(const RfHopperForwardParams&, cudaStream_t);
+}

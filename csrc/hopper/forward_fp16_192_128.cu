@@ -1,0 +1,5 @@
+#include "forward_launch.cuh"
+
+namespace ringflash {
+template int launch_forward<__half, ForwardChoice<192, 128>>(const RfHopperForwardParams&, cudaStream_t);
+}

@@ -1,0 +1,274 @@
+"""Our own Hopper kernels (csrc/hopper, sm_90a): bf16 and fp16, any Slices, running float32 state continued inside the kernel."""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ringflash import ops
+from ringflash.kernels import tiles
+from ringflash.slices import Slices
+
+if TYPE_CHECKING:
+    from ringflash.kernels import Problem, State
+
+DTYPES = (torch.bfloat16, torch.float16)
+MAX_HEAD_DIM = 256
+L2_BYTES = 32 << 20
+"""Share of the 50-60 MB L2 that K and V of the heads in work at the same time may take."""
+
+_PARAMS = struct.Struct("=11Q21q13i2fi")
+"""``RfHopperForwardParams`` of csrc/hopper/forward_api.h. One pack call costs a tenth of filling a ctypes.Structure."""
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    """The device library with the Hopper launchers declared; None if this installation has none."""
+    lib = ops.library()
+    if lib is None or not lib.rf_has_hopper():
+        return None
+    lib.rf_hopper_forward.argtypes = [ctypes.c_char_p, ctypes.c_void_p]
+    lib.rf_hopper_forward.restype = ctypes.c_int
+    lib.rf_hopper_forward_tile.argtypes = [
+        ctypes.c_int32,
+        ctypes.c_int32,
+        ctypes.POINTER(ctypes.c_int32),
+        ctypes.POINTER(ctypes.c_int32),
+    ]
+    lib.rf_hopper_forward_tile.restype = ctypes.c_int
+    return lib
+
+
+@cache
+def forward_tile(head_dim: int, head_dim_v: int) -> tuple[int, int]:
+    """Rows and keys of the tiles that the kernel of these head dims computes."""
+    lib = _library()
+    assert lib is not None
+    rows, keys = ctypes.c_int32(), ctypes.c_int32()
+    ops.check(
+        lib, "rf_hopper_forward_tile", lib.rf_hopper_forward_tile(head_dim, head_dim_v, ctypes.byref(rows), ctypes.byref(keys))
+    )
+    return rows.value, keys.value
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@cache
+def _counter(device: torch.device, stream: int) -> Tensor:
+    """The two work counters of a stream: zero between launches, and launches of one stream never overlap."""
+    return torch.zeros(2, dtype=torch.int32, device=device)
+
+
+def _for_copy_engine(x: Tensor) -> Tensor:
+    """x, or a contiguous copy where the copy engine cannot read it: it wants 16-byte aligned rows and no dim of stride 0."""
+    unaligned = x.data_ptr() % 16 or (x.stride(3) != 1 and x.shape[3] > 1)
+    if unaligned or any(n > 1 and (s <= 0 or s % 8) for n, s in zip(x.shape[:3], x.stride()[:3], strict=True)):
+        return (
+            x.contiguous() if x.data_ptr() % 16 == 0 and not x.is_contiguous() else x.clone(memory_format=torch.contiguous_format)
+        )
+    return x
+
+
+def _strides(x_BSHD: Tensor) -> tuple[int, int, int]:
+    """B, S, H in elements; a dim of one element may carry any stride in torch, the copy engine wants a plausible one."""
+    B, S, H, D = x_BSHD.shape
+    b, s, h, _ = x_BSHD.stride()
+    h = h if H > 1 else -(-D // 8) * 8
+    s = s if S > 1 else H * h
+    return (b if B > 1 else S * s), s, h
+
+
+def _lse_strides(lse_BHS: Tensor) -> tuple[int, int, int]:
+    b, h, s = lse_BHS.stride()
+    return b, s, h
+
+
+def _vectors(x: Tensor) -> bool:
+    """Whether the kernel can read and write the float32 rows of x in 16-byte vectors."""
+    aligned = x.data_ptr() % 16 == 0 and x.stride(3) == 1
+    return aligned and all(n == 1 or s % 4 == 0 for n, s in zip(x.shape[:3], x.stride()[:3], strict=True))
+
+
+@dataclass
+class HopperKernel:
+    """The backend. ``sm_margin`` multiprocessors are left free for whoever moves data with them meanwhile."""
+
+    name: str = "hopper"
+    sm_margin: int = 0
+
+    def refuses(self, problem: Problem) -> str | None:
+        """Why these kernels cannot do it here; None if they can."""
+        if problem.device != "cuda" or problem.capability is None:
+            return f"needs a CUDA device, the tensors are on {problem.device}"
+        if problem.capability != (9, 0):
+            return f"needs compute capability 9.0, this device has {problem.capability[0]}.{problem.capability[1]}"
+        if problem.dtype not in DTYPES:
+            return f"needs bfloat16 or float16, got {str(problem.dtype).removeprefix('torch.')}"
+        for word, size in (("head_dim", problem.head_dim), ("head_dim of v", problem.head_dim_v)):
+            if size % 8 or not 0 < size <= MAX_HEAD_DIM:
+                return f"needs a {word} that is a multiple of 8 up to {MAX_HEAD_DIM}, got {size}"
+        if _library() is None:
+            return "this installation was built without the Hopper kernels"
+        if problem.needs_grad:
+            try:
+                from ringflash.kernels import hopper_backward
+            except ModuleNotFoundError:
+                return "its backward is not part of this installation"
+            return hopper_backward.refuses(problem)
+        return None
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        slices: Slices,
+        *,
+        scale: float,
+        softcap: float = 0.0,
+        carry: State | None = None,
+        finish: bool = True,
+    ) -> State:
+        """Folds the Slices into the running ``(out, lse)``; the contract is ``ringflash.kernels.Kernel.forward``.
+
+        ValueError for a scale that is not positive. q, k, v are read where they lie, unless a row of theirs is not 16-byte
+        aligned.
+        """
+        if not scale > 0.0:
+            raise ValueError(f"scale={scale}: the Hopper kernels need a positive scale; use backend='reference' or negate q")
+        B, Sq, H, D = q.shape
+        Sk, Dv = k.shape[1], v.shape[3]
+        if q.numel() == 0 or len(slices) == 0 or k.numel() == 0:
+            return self._see_nothing(q, Dv, carry, finish)
+        if carry is not None and not _vectors(carry[0]):
+            copy = carry[0].contiguous()
+            out, lse = self.forward(q, k, v, slices, scale=scale, softcap=softcap, carry=(copy, carry[1]), finish=finish)
+            return (out, lse) if finish else (carry[0].copy_(out), lse)
+        q, k, v = _for_copy_engine(q), _for_copy_engine(k), _for_copy_engine(v)
+        device = q.device
+        acc: Tensor | None = None
+        out: Tensor | None = None
+        if carry is not None:
+            acc, lse_in = carry
+            lse = torch.empty((B, H, Sq), dtype=torch.float32, device=device) if finish else lse_in
+        else:
+            lse = torch.empty((B, H, Sq), dtype=torch.float32, device=device)
+            lse_in = lse
+            if not finish:
+                acc = torch.empty((B, Sq, H, Dv), dtype=torch.float32, device=device)
+        if finish:
+            out = torch.empty((B, Sq, H, Dv), dtype=q.dtype, device=device)
+        table = tiles.forward_table(slices, Sq, Sk, *forward_tile(D, Dv))
+        if torch.cuda.current_device() != device.index:
+            with torch.cuda.device(device):
+                self._launch(table, q, k, v, out, acc, lse_in, lse, scale, softcap, carry is not None)
+        else:
+            self._launch(table, q, k, v, out, acc, lse_in, lse, scale, softcap, carry is not None)
+        result = out if finish else acc
+        assert result is not None
+        return result, lse
+
+    def _launch(
+        self,
+        table: tiles.TileTable,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor | None,
+        acc: Tensor | None,
+        lse_in: Tensor,
+        lse: Tensor,
+        scale: float,
+        softcap: float,
+        carried: bool,
+    ) -> None:
+        lib = _library()
+        assert lib is not None
+        B, Sq, H, D = q.shape
+        Sk, Hkv, Dv = k.shape[1], k.shape[2], v.shape[3]
+        items, runs, extra = table.on(q.device)
+        stream = torch.cuda.current_stream(q.device).cuda_stream
+        kv_heads_in_l2 = max(1, L2_BYTES // (Sk * (D + Dv) * 2))
+        params = _PARAMS.pack(
+            q.data_ptr(),
+            k.data_ptr(),
+            v.data_ptr(),
+            out.data_ptr() if out is not None else 0,
+            acc.data_ptr() if acc is not None else 0,
+            lse_in.data_ptr(),
+            lse.data_ptr(),
+            items.data_ptr(),
+            runs.data_ptr(),
+            extra.data_ptr(),
+            _counter(q.device, stream).data_ptr(),
+            *_strides(q),
+            *_strides(k),
+            *_strides(v),
+            *(_strides(out) if out is not None else (0, 0, 0)),
+            *(_strides(acc) if acc is not None else (0, 0, 0)),
+            *_lse_strides(lse_in),
+            *_lse_strides(lse),
+            B,
+            Sq,
+            Sk,
+            H,
+            Hkv,
+            D,
+            Dv,
+            len(table.items),
+            ops.DTYPES[q.dtype],
+            carried,
+            out is not None,
+            min(B * H, kv_heads_in_l2 * (H // Hkv)),
+            max(1, _multiprocessors(q.device) - self.sm_margin),
+            scale,
+            softcap,
+            0,
+        )
+        ops.check(lib, "rf_hopper_forward", lib.rf_hopper_forward(params, stream))
+
+    def _see_nothing(self, q: Tensor, head_dim_v: int, carry: State | None, finish: bool) -> State:
+        """The step without a visible pair: the running state as it is, or the unit (0, -inf)."""
+        if carry is not None:
+            return (carry[0].to(q.dtype), carry[1]) if finish else carry
+        B, Sq, H, _ = q.shape
+        out = torch.zeros((B, Sq, H, head_dim_v), dtype=q.dtype if finish else torch.float32, device=q.device)
+        return out, torch.full((B, H, Sq), -torch.inf, dtype=torch.float32, device=q.device)
+
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor | None,
+        lse: Tensor,
+        delta: Tensor,
+        slices: Slices,
+        *,
+        scale: float,
+        softcap: float = 0.0,
+        dq: Tensor,
+        dk: Tensor,
+        dv: Tensor,
+        deterministic: bool = False,
+    ) -> None:
+        """Adds the gradients of the Slices into dq, dk, dv; the contract is ``ringflash.kernels.Kernel.backward``."""
+        from ringflash.kernels import hopper_backward
+
+        hopper_backward.backward(
+            dout, q, k, v, out, lse, delta, slices,
+            scale=scale, softcap=softcap, dq=dq, dk=dk, dv=dv, deterministic=deterministic, sm_margin=self.sm_margin,
+        )  # fmt: skip
+
+
+KERNEL = HopperKernel()
