@@ -178,9 +178,9 @@ def preference(problem: Problem) -> tuple[str, ...]:
         return ("cpu", "reference")
     if problem.device != "cuda":
         return ("reference",)
-    from ringflash.kernels.flash_attn import installed_generation
+    from ringflash.kernels.flash_attn import generation_for
 
-    generation = installed_generation()
+    generation = generation_for(problem.capability)
     if generation is None:
         return ("hopper", "sdpa", "reference")
     return ("hopper", "flash_attn", "sdpa", "reference") if generation >= 3 else ("hopper", "sdpa", "flash_attn", "reference")
