@@ -173,18 +173,8 @@ class FlashAttention3(Generation):
 
     number = 3
     functions: ClassVar[dict[str, tuple[str, ...]]] = {
-        "_flash_attn_forward": (*_LENGTHS, "softmax_scale", *_WINDOW, "softcap"),
-        "_flash_attn_backward": (
-            "softmax_lse",
-            "dq",
-            "dk",
-            "dv",
-            *_LENGTHS,
-            "softmax_scale",
-            *_WINDOW,
-            "softcap",
-            "deterministic",
-        ),
+        "_flash_attn_forward": (*_LENGTHS, *_SCORES),
+        "_flash_attn_backward": ("softmax_lse", *_GRADIENTS, *_LENGTHS, *_SCORES),
     }
 
     @staticmethod
