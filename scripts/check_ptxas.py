@@ -106,13 +106,15 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
 
     kernels, problems = check(arguments.build, arguments.sources)
-    names = demangled(kernel.name for kernel in kernels)
+    names = {
+        mangled: re.sub(r"\(anonymous namespace\)::|_GLOBAL__N__\w+::|^void | *\[clone .*", "", name)[:100]
+        for mangled, name in demangled(kernel.name for kernel in kernels).items()
+    }
     print(f"{'registers':>9} {'stack':>6} {'spilled':>7} {'shared':>6}  {'arch':<7} kernel")
     for k in kernels:
-        name = re.sub(r"\(anonymous namespace\)::|_GLOBAL__N__\w+::", "", names[k.name])
-        print(f"{k.registers:>9} {k.stack:>6} {k.spilled:>7} {k.shared:>6}  {k.arch:<7} {k.unit}: {name[:100]}")
+        print(f"{k.registers:>9} {k.stack:>6} {k.spilled:>7} {k.shared:>6}  {k.arch:<7} {k.unit}: {names[k.name]}")
     for problem in problems:
-        print(f"error: {problem}", file=sys.stderr)
+        print("error: " + re.sub(r"_Z\w+", lambda match: names.get(match[0], match[0]), problem), file=sys.stderr)
     print(f"{len(kernels)} kernels, {len(problems)} problems")
     return 1 if problems else 0
 

@@ -122,7 +122,8 @@ def test_the_library_exports_its_api_and_needs_no_cuda_libraries() -> None:
     lib = ops.library()
     if lib is None:
         pytest.skip("this installation has no device library (built without nvcc)")
-    declared = set(re.findall(r"^RF_API .*?\b(rf_\w+)\(", (ROOT / "csrc" / "api.h").read_text(), re.MULTILINE))
+    headers = [ROOT / "csrc" / "api.h", *((ROOT / "csrc" / "hopper").glob("*.h") if lib.rf_has_hopper() else ())]
+    declared = {name for path in headers for name in re.findall(r"^RF_API .*?\b(rf_\w+)\(", path.read_text(), re.MULTILINE)}
     assert {"rf_abi_version", "rf_error_string", "rf_merge"} <= declared
     assert [name for name in declared if not hasattr(lib, name)] == []
     if shutil.which("readelf") is None:
