@@ -1,4 +1,4 @@
-"""The planner as arithmetic, by brute force on small sizes: what is computed, what is moved, in which order, and how little of it."""
+"""The planner as arithmetic, by brute force on small sizes: what is computed, what moves, in which order, and how little."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 import numpy as np
 import pytest
@@ -30,18 +30,17 @@ class World:
 
     @cached_property
     def layouts(self) -> tuple[Layout, Layout]:
-        case = self.case
-        return (
-            make_layout(case.layout, case.q_len, case.world, self.mask),
-            make_layout(case.layout, case.k_len, case.world, self.mask),
-        )
+        case, layout = self.case, self.case.build_layout()
+        if isinstance(layout, Layout):
+            return layout, layout
+        return make_layout(layout, case.q_len, case.world, self.mask), make_layout(layout, case.k_len, case.world, self.mask)
 
     @cached_property
     def plans(self) -> list[Plan]:
         """Of one Ulysses member of each ring rank: the members differ only in their heads."""
         case = self.case
         schedule = make_schedule(case.schedule, case.world, case.ulysses, case.inner)
-        key = PlanKey(self.mask, *self.layouts, schedule, case.heads, case.kv_heads, rank=0)
+        key = PlanKey(self.mask, *self.layouts, schedule, case.heads, case.kv_heads, rank=0, max_gap=case.max_gap)
         return [plan for plan in plans(key) if plan.member == 0]
 
     @cached_property
@@ -108,9 +107,20 @@ def rows_of(ranges: tuple[tuple[int, int], ...]) -> set[int]:
     return {row for start, stop in ranges for row in range(start, stop)}
 
 
+def filled(rows: set[int], max_gap: int) -> set[int]:
+    """The rows and the gaps of at most max_gap between them."""
+    ordered = sorted(rows)
+    gaps = [range(a, b) for a, b in zip(ordered, ordered[1:], strict=False) if b - a - 1 <= max_gap]
+    return rows.union(*gaps)
+
+
+@cache
+def drawn_world(seed: int) -> World:
+    return World(draw(seed, max_len=48))
+
+
 def worlds(first: int, n: int) -> Iterator[World]:
-    for seed in range(first, first + n):
-        yield World(draw(seed, max_len=48))
+    return (drawn_world(seed) for seed in range(first, first + n))
 
 
 BATCHES = pytest.mark.parametrize("first", range(0, 600, 60))
@@ -189,21 +199,29 @@ def test_chunks_are_held_before_they_are_sent_and_arrive_before_they_are_needed(
 
 @BATCHES
 def test_only_rows_that_are_seen_travel(first: int) -> None:
-    """Exactly the keys some query of the receiver sees (in a double ring: of its fast-linked group, which passes them on).
+    """The keys some query of the receiver sees (in a double ring: of its fast-linked group, which passes them on).
 
-    Ranges have no stride, so of a dilated mask the rows between the visible ones may come along.
+    With max_gap 0 these and no others; else gaps of up to max_gap rows between them may come along. Ranges have no stride, so
+    of a dilated mask the rows between the visible ones may come along. A double ring of a striped layout moves whole chunks.
     """
     for world in worlds(first, 60):
         for plan in world.plans:
             group = plan.rank // world.together * world.together
             q = np.concatenate([world.q_positions(r) for r in range(group, group + world.together)])
-            got = {t.owner: rows_of(t.ranges) for _, t in sent(plan) if t.dest == plan.rank}
+            got = {t.owner: t.ranges for _, t in sent(plan) if t.dest == plan.rank}
             for owner in range(len(world.plans)):
                 if owner != plan.rank:
                     k = world.k_positions(owner)
                     needed = set(np.flatnonzero(world.visible[q][:, k].any(axis=0)).tolist())
                     allowed = set(np.flatnonzero(world.undilated[q][:, k].any(axis=0)).tolist()) if needed else set()
-                    assert needed <= got.get(owner, set()) <= allowed, (plan.rank, owner, repr(world.case))
+                    ranges = got.get(owner, ())
+                    if world.together > 1 and world.case.layout == "striped":
+                        assert rows_of(ranges) == set(range(len(k))), repr(world.case)
+                        continue
+                    assert needed <= rows_of(ranges) <= filled(allowed, world.case.max_gap), (plan.rank, owner, repr(world.case))
+                    assert all({start, stop - 1} <= allowed for start, stop in ranges), "ranges begin and end with a needed row"
+                    gaps = [b[0] - a[1] for a, b in zip(ranges, ranges[1:], strict=False)]
+                    assert all(gap > world.case.max_gap for gap in gaps), "short gaps are filled: fewer messages"
 
 
 @BATCHES

@@ -4,6 +4,7 @@ from ringflash.testing.cases import Case, draw, read_mask
 from ringflash.testing.inputs import make_inputs
 from ringflash.testing.oracle import Inputs, Results, dense_attention, dense_results, visibility
 from ringflash.testing.rank_pool import Outcome, RankError, RankPool
+from ringflash.testing.runs import objections_on_ranks, objections_simulated, simulate
 from ringflash.testing.tolerance import FLOAT64_TOLERANCE, Judge, relative_error
 
 __all__ = [
@@ -19,7 +20,10 @@ __all__ = [
     "dense_results",
     "draw",
     "make_inputs",
+    "objections_on_ranks",
+    "objections_simulated",
     "read_mask",
     "relative_error",
+    "simulate",
     "visibility",
 ]

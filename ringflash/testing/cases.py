@@ -2,8 +2,8 @@
 
 ``draw(seed)`` gives the same case for the same seed for ever; ``repr`` of a case is the constructor call that builds it again::
 
-    from ringflash.testing import Case, check_simulated
-    check_simulated(Case(mask="causal(window=9)", schedule="ring", world=4, q_len=33, k_len=33, seed=17))
+    from ringflash.testing import Case, objections_simulated
+    objections_simulated([Case(mask="causal(window=9)", q_len=33, k_len=33, seed=17)])
 """
 
 from __future__ import annotations
@@ -17,8 +17,12 @@ import numpy as np
 import torch
 
 from ringflash.mask import Mask
+from ringflash.parallel.layout import Layout
+from ringflash.parallel.plan import MAX_GAP
 
-LAYOUTS = ("contiguous", "zigzag", "striped", "balanced")
+LAYOUTS = ("contiguous", "zigzag", "striped", "balanced", "scattered")
+"""The named layouts, and runs of any length given to any rank."""
+
 SCHEDULES = ("ring", "allgather", "staged", "ulysses", "hybrid", "double_ring")
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -52,9 +56,11 @@ class Case:
     mask: str = "causal()"
     layout: str = "zigzag"
     schedule: str = "ring"
+    transport: str = "auto"  # of real ranks; a simulated world has but one
     world: int = 4
     ulysses: int = 1
     inner: int | None = None
+    max_gap: int = MAX_GAP
     q_len: int = 32
     k_len: int = 32
     batch: int = 1
@@ -84,8 +90,20 @@ class Case:
         assert isinstance(mask, Mask)
         return mask
 
+    def build_layout(self) -> str | Layout:
+        """What ContextParallel takes: a name, or for "scattered" runs drawn from the seed."""
+        if self.layout != "scattered":
+            return self.layout
+        d = Drawing(self.seed)
+        lengths = d.parts(self.k_len, 3 * self.world)
+        ranks: list[list[tuple[int, int]]] = [[] for _ in range(self.world)]
+        for start, length in zip(np.cumsum([0, *lengths[:-1]]).tolist(), lengths, strict=True):
+            if length:
+                ranks[d.between(0, self.world - 1)].append((start, length))
+        return Layout.from_runs(ranks, name="scattered")
 
-class _Draw:
+
+class Drawing:
     """Short words over a seeded generator."""
 
     def __init__(self, seed: int) -> None:
@@ -110,14 +128,14 @@ class _Draw:
 
 def draw(seed: int, *, worlds: Sequence[int] = (1, 2, 3, 4, 5, 6, 7, 8), max_len: int = 96) -> Case:
     """The seed-th case: sizes small and on the edges of pieces, windows and worlds, every option drawn."""
-    d = _Draw(seed)
+    d = Drawing(seed)
     world = d.one_of(worlds)
     schedule, ulysses, inner = _schedule(d, world)
     k_len = _length(d, world, max_len)
     mask, any_lengths = _mask(d, k_len, world)
     layout = d.one_of(LAYOUTS)
     q_len = k_len
-    if any_lengths and layout != "balanced" and d.chance(0.25):
+    if any_lengths and layout not in ("balanced", "scattered") and d.chance(0.25):
         q_len = d.one_of([1, max(1, k_len // 2), max(1, k_len - 1), d.between(1, k_len)])
     group = d.one_of([1, 1, 2, 3, 4])
     kv_heads = d.one_of([1, 1, 2, 2, 3, 4])
@@ -129,6 +147,7 @@ def draw(seed: int, *, worlds: Sequence[int] = (1, 2, 3, 4, 5, 6, 7, 8), max_len
         world=world,
         ulysses=ulysses,
         inner=inner,
+        max_gap=d.one_of([0, 1, MAX_GAP]),
         q_len=q_len,
         k_len=k_len,
         batch=d.one_of([1, 1, 2]),
@@ -146,14 +165,14 @@ def draw(seed: int, *, worlds: Sequence[int] = (1, 2, 3, 4, 5, 6, 7, 8), max_len
     )
 
 
-def _schedule(d: _Draw, world: int) -> tuple[str, int, int | None]:
+def _schedule(d: Drawing, world: int) -> tuple[str, int, int | None]:
     """(schedule, ulysses, inner) that this world allows."""
     proper = [n for n in range(2, world) if world % n == 0]
     name = d.one_of(SCHEDULES if proper else [s for s in SCHEDULES if s != "hybrid"])
     if name == "ulysses":
         return name, d.one_of([1, world]), None
     # Any ring may stand behind a head exchange.
-    ulysses = d.one_of(proper) if name == "hybrid" or (proper and d.chance(0.2)) else 1
+    ulysses = int(d.one_of(proper)) if name == "hybrid" or (proper and d.chance(0.2)) else 1
     rings = world // ulysses
     if name == "double_ring":
         return name, ulysses, d.one_of([n for n in range(1, rings + 1) if rings % n == 0])
@@ -162,14 +181,14 @@ def _schedule(d: _Draw, world: int) -> tuple[str, int, int | None]:
     return name, ulysses, None
 
 
-def _length(d: _Draw, world: int, max_len: int) -> int:
+def _length(d: Drawing, world: int, max_len: int) -> int:
     """A sequence length around a multiple of the pieces of a world, shorter than the world, or any."""
     pieces = d.one_of([world, 2 * world])
     on_edge = d.between(1, max(1, max_len // pieces)) * pieces + d.one_of([-1, 0, 0, 1])
     return min(max(1, int(d.one_of([on_edge, on_edge, d.between(1, world), d.between(1, max_len)]))), max_len)
 
 
-def _mask(d: _Draw, length: int, world: int) -> tuple[str, bool]:
+def _mask(d: Drawing, length: int, world: int) -> tuple[str, bool]:
     """A mask as text, and whether it allows fewer queries than keys."""
     if d.chance(0.15):
         (a, any_a), (b, any_b) = _single_mask(d, length, world), _single_mask(d, length, world)
@@ -177,14 +196,14 @@ def _mask(d: _Draw, length: int, world: int) -> tuple[str, bool]:
     return _single_mask(d, length, world)
 
 
-def _edge(d: _Draw, length: int, world: int) -> int:
+def _edge(d: Drawing, length: int, world: int) -> int:
     """A size at the edge of a rank's piece, of half of it, of the sequence, or any; at least 1."""
     piece = math.ceil(length / d.one_of([world, 2 * world]))
     edges = [1, 2, piece - 1, piece, piece + 1, 2 * piece + 1, length - 1, length, length + 1]
     return max(1, int(d.one_of([*edges, d.between(1, length)])))
 
 
-def _single_mask(d: _Draw, length: int, world: int) -> tuple[str, bool]:
+def _single_mask(d: Drawing, length: int, world: int) -> tuple[str, bool]:
     kind = d.one_of(
         ["full", "causal", "causal_window", "window", "documents", "prefix", "chunked", "blocks", "dilated"],
         [1, 2, 2, 2, 3, 1, 1, 2, 2],

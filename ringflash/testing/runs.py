@@ -1,0 +1,145 @@
+"""Runs cases: by a simulated world in this process, or by real ranks in a pool."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ringflash.api import attention
+from ringflash.parallel.context import ContextParallel, SimulatedWorld
+from ringflash.testing.cases import Case
+from ringflash.testing.inputs import make_inputs
+from ringflash.testing.oracle import Inputs, Results, visibility
+from ringflash.testing.rank_pool import RankPool
+from ringflash.testing.tolerance import Judge
+
+
+def judge_of(case: Case) -> Judge:
+    """The oracle's results of a case, and what deviation is fair."""
+    visible = visibility(case.build_mask(), case.q_len, case.k_len)
+    return Judge(make_inputs(case), visible, scale=case.scale, softcap=case.softcap)
+
+
+def simulate(case: Case, inputs: Inputs | None = None) -> Results:
+    """Results of a case by a simulated world. inputs: whole tensors to use in place of the case's own."""
+    inputs = make_inputs(case) if inputs is None else inputs
+    mask = case.build_mask()
+    world = SimulatedWorld(case.world, case.build_layout(), case.schedule, ulysses=case.ulysses, inner=case.inner)
+    if hasattr(world, "max_gap"):
+        world.max_gap = case.max_gap
+    leaves = _leaves(inputs)
+    out, lse = world.for_mask(mask).attention(
+        *leaves[:3],
+        mask=mask,
+        scale=case.scale,
+        softcap=case.softcap,
+        sinks=leaves[3] if inputs.sinks is not None else None,
+        backend=case.backend,
+        deterministic=case.deterministic,
+        return_lse=True,
+    )
+    return _results(out, lse, leaves, inputs.dout, inputs.dlse)
+
+
+def run_on_rank(rank: int, case: Case, device: str = "cpu", timeout_s: float = 60.0) -> tuple[Results, Tensor, Tensor]:
+    """What one real rank of the default group gets: its results, and the positions of its queries and keys.
+
+    dsinks is the rank's share.
+    """
+    inputs, mask = make_inputs(case, device), case.build_mask()
+    cp = ContextParallel(
+        None,
+        case.build_layout(),
+        case.schedule,
+        ulysses=case.ulysses,
+        inner=case.inner,
+        transport=case.transport,
+        timeout_s=timeout_s,
+    ).for_mask(mask)
+    if case.q_len != case.k_len:
+        cp = cp.for_lengths(case.q_len, case.k_len)
+    q, dout = (cp.shard(x, dim=1) for x in (inputs.q, inputs.dout))
+    dlse = None if inputs.dlse is None else cp.shard(inputs.dlse, dim=2)
+    k, v = (cp.shard(x, dim=1) for x in (inputs.k, inputs.v))
+    leaves = _leaves(Inputs(q, k, v, inputs.sinks, dout, dlse))
+    out, lse = attention(
+        *leaves[:3],
+        mask=mask,
+        scale=case.scale,
+        softcap=case.softcap,
+        sinks=leaves[3] if inputs.sinks is not None else None,
+        cp=cp,
+        backend=case.backend,
+        deterministic=case.deterministic,
+        return_lse=True,
+    )
+    results = _results(out, lse, leaves, dout, dlse)
+    cpu = {name: x.cpu() for name, x in results.items()}
+    return Results(**{"dsinks": None, **cpu}), cp.position_ids(case.q_len), cp.position_ids(case.k_len)
+
+
+def run_all_on_rank(rank: int, cases: Sequence[Case], device: str = "cpu") -> list[tuple[Results, Tensor, Tensor]]:
+    """``run_on_rank`` of several cases, one after the other."""
+    where = f"{device}:{rank}" if device == "cuda" else device
+    return [run_on_rank(rank, case, where) for case in cases]
+
+
+def assembled(case: Case, parts: Sequence[tuple[Results, Tensor, Tensor]]) -> Results:
+    """Whole-sequence results from those of the ranks: rows put where their positions say, shares of dsinks added."""
+
+    def whole(name: str, length: int, dim: int) -> Tensor:
+        pieces = [getattr(results, name) for results, _, _ in parts]
+        places = [k_pos if name in ("dk", "dv") else q_pos for _, q_pos, k_pos in parts]
+        shape = list(pieces[0].shape)
+        shape[dim] = length
+        full = torch.full(shape, torch.nan, dtype=pieces[0].dtype)
+        for piece, place in zip(pieces, places, strict=True):
+            full.index_copy_(dim, place, piece)
+        return full
+
+    shares = [results.dsinks for results, _, _ in parts if results.dsinks is not None]
+    return Results(
+        out=whole("out", case.q_len, 1),
+        lse=whole("lse", case.q_len, 2),
+        dq=whole("dq", case.q_len, 1),
+        dk=whole("dk", case.k_len, 1),
+        dv=whole("dv", case.k_len, 1),
+        dsinks=torch.stack(shares).sum(0) if shares else None,
+    )
+
+
+def objections_simulated(cases: Sequence[Case]) -> list[str]:
+    """One line for every case that a simulated world gets wrong: how to replay it, and what is off."""
+    found = []
+    for case in cases:
+        try:
+            wrong = judge_of(case).objections(simulate(case))
+        except Exception as error:
+            wrong = [f"raised {type(error).__name__}: {error}"]
+        if wrong:
+            found.append(f"{case!r}: {'; '.join(wrong)}")
+    return found
+
+
+def objections_on_ranks(pool: RankPool, cases: Sequence[Case], device: str = "cpu", timeout_s: float = 300.0) -> list[str]:
+    """One line for every case that the pool's ranks get wrong. All cases must have the pool's world."""
+    by_rank = pool.run(run_all_on_rank, list(cases), device, timeout_s=timeout_s)
+    found = []
+    for i, case in enumerate(cases):
+        wrong = judge_of(case).objections(assembled(case, [answers[i] for answers in by_rank]))
+        if wrong:
+            found.append(f"{case!r}: {'; '.join(wrong)}")
+    return found
+
+
+def _leaves(inputs: Inputs) -> list[Tensor]:
+    tensors = (inputs.q, inputs.k, inputs.v, inputs.sinks)
+    return [x.detach().clone().requires_grad_() for x in tensors if x is not None]
+
+
+def _results(out: Tensor, lse: Tensor, leaves: Sequence[Tensor], dout: Tensor, dlse: Tensor | None) -> Results:
+    roots, grads = ([out], [dout]) if dlse is None else ([out, lse], [dout, dlse])
+    dq, dk, dv, *dsinks = torch.autograd.grad(roots, leaves, grads)
+    return Results(out.detach(), lse.detach(), dq, dk, dv, dsinks[0] if dsinks else None)

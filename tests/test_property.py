@@ -1,0 +1,80 @@
+"""Drawn cases in a simulated world: output, LSE and every gradient against the float64 oracle, at the derived tolerance."""
+
+from __future__ import annotations
+
+import pytest
+
+from ringflash.testing import Case, draw, objections_simulated
+
+BATCH, BATCHES = 50, 44
+
+# What once went wrong elsewhere or is easy to get wrong, with the reason.
+EDGES = [
+    (Case(mask="causal(window=9)", layout="contiguous"), "window = chunk + 1: one row of the next chunk but one"),
+    (Case(mask="causal(window=8)", layout="contiguous"), "window = chunk"),
+    (Case(mask="causal(window=5)", layout="zigzag"), "window = half a chunk + 1"),
+    (Case(world=8, q_len=3, k_len=3), "shorter than the world: ranks without tokens"),
+    (Case(world=8, q_len=1, k_len=1, layout="contiguous"), "one token on eight ranks"),
+    (Case(world=8, q_len=8, k_len=8, layout="contiguous"), "one-row chunks"),
+    (Case(world=8, q_len=16, k_len=16, layout="zigzag"), "one-row pieces"),
+    (Case(world=8, q_len=17, k_len=17, layout="striped"), "one row more than the world divides"),
+    (Case(mask="documents([0, 8, 0, 0, 7, 1, 16, 0])"), "empty documents, documents of one token, borders on chunk borders"),
+    (Case(mask="documents([9, 7, 9, 7])", layout="balanced"), "document borders one off chunk borders"),
+    (Case(mask="documents([32])", layout="balanced"), "one document"),
+    (Case(mask='blocks(["00", "00"], 16)'), "nobody sees anything"),
+    (Case(mask='blocks(["00", "00"], 16)', sinks=True), "nobody sees anything but the sink"),
+    (Case(mask='blocks(["10", "00"], 16)', sinks=True, dtype="bfloat16"), "half of the rows see nothing but the sink"),
+    (Case(q_len=40, k_len=24), "more queries than keys: the first see nothing"),
+    (Case(q_len=1, k_len=33), "one query: decoding"),
+    (Case(q_len=5, k_len=64, mask="causal(window=17)", layout="contiguous"), "few queries, most keys unseen"),
+    (Case(schedule="ulysses", heads=3, kv_heads=3), "heads that the ranks do not divide"),
+    (Case(schedule="ulysses", heads=6, kv_heads=2), "key heads that are fewer than ranks, ratio broken by the shares"),
+    (Case(schedule="ulysses", heads=8, kv_heads=1, world=8), "one key head for eight ranks"),
+    (Case(schedule="ulysses", heads=2, kv_heads=1, world=8), "ranks without heads"),
+    (Case(schedule="hybrid", ulysses=2, heads=3, kv_heads=1, mask="dilated(3)", layout="striped"), ""),
+    (
+        Case(schedule="double_ring", inner=2, mask="causal(window=9)", layout="contiguous"),
+        "chunks passed on by ranks that do not use them",
+    ),
+    (Case(schedule="double_ring", inner=4, world=8, mask="documents([20, 3, 9])"), ""),
+    (Case(schedule="double_ring", inner=1), "a double ring of groups of one is a ring"),
+    (Case(schedule="double_ring", inner=4), "a double ring of one group is a ring"),
+    (Case(schedule="staged:2", world=6), "a last stage that is not full"),
+    (Case(mask="dilated(8)", layout="striped", world=4), "a stride that the layout's divides"),
+    (Case(mask="dilated(3)", layout="striped", world=4), "a stride prime to the layout's"),
+    (Case(mask="dilated(6, window=2)", layout="striped", world=4), "a stride that shares a factor with the layout's"),
+    (Case(softcap=1.0, sinks=True, scale=2.0), ""),
+    (Case(scale=0.0), "all scores equal"),
+    (Case(scale=-1.0), "a negative scale"),
+    (Case(heads=8, kv_heads=2, head_dim=24, head_dim_v=8, batch=2), "Dv differs from D"),
+    (Case(dlse=False, dtype="bfloat16", heads=4, kv_heads=2), ""),
+    (Case(dtype="float16", heads=4, kv_heads=2), ""),
+    (Case(world=1), "one rank is the same path with one step"),
+]
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, id=f"{i}-{reason or case!r}"[:80]) for i, (case, reason) in enumerate(EDGES)]
+)
+def test_edges(case: Case) -> None:
+    assert objections_simulated([case]) == []
+
+
+@pytest.mark.parametrize("batch", range(BATCHES))
+def test_drawn(batch: int) -> None:
+    """2,200 cases in all."""
+    wrong = objections_simulated([draw(seed) for seed in range(batch * BATCH, (batch + 1) * BATCH)])
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_backends_by_name(backend: str) -> None:
+    masks = ("causal()", "window(5, 3)", "documents([9, 0, 23])", "prefix(7)", "dilated(3)")
+    cases = [
+        Case(mask=mask, backend=backend, dtype=dtype, heads=4, kv_heads=2, dlse=dlse, sinks=dlse)
+        for mask in masks
+        for dtype in ("float64", "float32", "bfloat16", "float16")
+        for dlse in (False, True)
+    ]
+    wrong = objections_simulated(cases)
+    assert not wrong, "\n".join(wrong)
