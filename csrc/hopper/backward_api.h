@@ -1,0 +1,54 @@
+// C interface of the Hopper backward: plain structs and pointers, mirrored in ringflash/kernels/hopper_backward.py.
+#pragma once
+#include "../api.h"
+
+/// Gradients of one step, added into float32 dq, dk, dv. Pointers of 2-byte tensors are 16-byte aligned and their strides
+/// multiples of 8 elements; those of float32 gradients are 16-byte aligned and their strides multiples of 4.
+struct RfHopperBackwardParams {
+  const void* dout;      // (B, Sq, H, Dv)
+  const void* q;         // (B, Sq, H, D)
+  const void* k;         // (B, Sk, Hkv, D)
+  const void* v;         // (B, Sk, Hkv, Dv)
+  const float* lse;      // (B, H, Sq) of the whole softmax, natural log; -inf: the row sees nothing anywhere; stride of S is 1
+  const float* delta;    // (B, H, Sq) rowsum(dout * out) - dlse; strides of lse
+  float* dq;             // (B, Sq, H, D)
+  float* dk;             // (B, Sk, Hkv, D)
+  float* dv;             // (B, Sk, Hkv, Dv)
+  const int32_t* items;  // (item_count, 8), runs (n, 4), bands (n, 8): see ringflash/kernels/tiles_backward.py
+  const int32_t* runs;
+  const int32_t* bands;
+  const int32_t* visit_offsets;  // (query tiles + 1), (n, 2): who visits a query tile; deterministic only, else null
+  const int32_t* visits;
+  int32_t* turns;    // (B, H, query tiles) zeros; deterministic only, else null
+  int32_t* counter;  // 1 zero; zero again after the launch. Never shared by two launches that may overlap
+  struct RfStrides dout_strides, q_strides, k_strides, v_strides, dq_strides, dk_strides, dv_strides;
+  int64_t lse_batch_stride, lse_head_stride, delta_batch_stride, delta_head_stride;
+  int32_t batch, q_len, k_len, heads, kv_heads, head_dim, head_dim_v;
+  int32_t item_count;
+  int32_t dtype;  // RfDtype: RF_FLOAT16 or RF_BFLOAT16
+  int32_t ctas;   // multiprocessors to use
+  float scale;
+  float softcap;  // 0: none
+};
+
+/// RF_ERROR_UNSUPPORTED: no kernel for these head dims or this device; RF_ERROR_ALIGNMENT: a tensor map was refused.
+RF_API int rf_hopper_backward(const struct RfHopperBackwardParams* params, void* stream);
+
+/// The tile whose tables the kernel of these head dims wants: rows of queries, keys.
+RF_API int rf_hopper_backward_tile(int32_t head_dim, int32_t head_dim_v, int32_t* rows, int32_t* keys);
+
+/// delta = rowsum(dout * out) - dlse, the row constant of the softmax gradient.
+struct RfDeltaParams {
+  const void* dout;   // (B, S, H, D), 16-byte aligned, strides multiples of 16 bytes; also out
+  const void* out;    // (B, S, H, D)
+  const float* dlse;  // (B, H, S) or null
+  float* delta;       // (B, H, S)
+  struct RfStrides dout_strides, out_strides, dlse_strides, delta_strides;
+  int64_t batch, seq;
+  int32_t heads, head_dim;  // head_dim: a multiple of 8
+  int32_t dtype;            // RfDtype
+  int32_t reserved;
+};
+RF_API int rf_delta(const struct RfDeltaParams* params, void* stream);
+static_assert(sizeof(RfHopperBackwardParams) == 376 && sizeof(RfDeltaParams) == 160,
+              "ringflash/kernels/hopper_backward.py mirrors these structs");

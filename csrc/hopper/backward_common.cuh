@@ -1,0 +1,217 @@
+// What both backward kernels share: tables, the producer warps that walk them, and the way gradients reach global memory.
+//
+// A CTA takes *items* (a tile of keys of one KV head, with the query tiles it meets) off a counter until none is left. Its
+// producer warp turns the item's runs into *steps*, one query tile each, and tells the other warps through a small ring of Step
+// records; a second warp brings each step's row statistics. Matrix warps never meet a table, a Slice or an index computation.
+#pragma once
+#include "../device/band.cuh"
+#include "../device/ptx.cuh"
+
+namespace ringflash {
+
+constexpr float kLog2E = 1.4426950408889634f;
+constexpr float kLogE2 = 0.6931471805599453f;
+
+struct BackwardParams {
+  const float* lse;          // (B, H, Sq)
+  const float* delta;        // (B, H, Sq)
+  float* dk;                 // (B, Sk, Hkv, D)
+  float* dv;                 // (B, Sk, Hkv, Dv)
+  const int4* items;         // (item_count, 2)
+  const int4* runs;          // (n)
+  const int4* bands;         // (n, 2)
+  const int* visit_offsets;  // (query tiles + 1)
+  const int2* visits;        // (n)
+  int* turns;                // (B, H, query tiles)
+  unsigned* counter;
+  int64_t lse_batch_stride, lse_head_stride, delta_batch_stride, delta_head_stride;
+  int64_t dk_batch_stride, dk_seq_stride, dk_head_stride, dv_batch_stride, dv_seq_stride, dv_head_stride;
+  int q_len, k_len, heads, heads_per_kv_head, head_dim, head_dim_v, item_count, q_tiles;
+  unsigned last_claim;  // item_count + CTAs - 1, the last value the counter takes
+  float scale;          // of dS: d(scores) / d(q.k); with a softcap still to be multiplied by 1 - tanh^2
+  float scale_log2;     // exponent = q.k * scale_log2 - lse * log2(e); with a softcap the cap * log2(e)
+  float tanh_exponent;  // with a softcap: exp2(q.k * tanh_exponent) = exp(2 x), x the argument of tanh
+  float inverse_cap;    // with a softcap: ln 2 / cap
+};
+
+/// Item of the work list: two int4.
+struct Item {
+  int run_begin, run_end, first_key, batch;
+  int kv_head, head_begin, head_end, tile;  // query heads [head_begin, head_end) of the whole tensor
+};
+
+constexpr int kFirst = 1, kLast = 2, kStop = 4;  // flags of a step: first or last of its item; no step, the work is done
+
+/// One step, as the producer tells it. 32 bytes.
+struct __align__(16) Step {
+  int flags, first_row, head, batch;
+  int first_key, kv_head, band_begin,
+      band_count;  // band_count: low half bands (0: nothing is masked), high half the pass over this tile
+};
+/// A record is written again 8 steps later. All its readers are done: the producer is at most 3 steps ahead of a released
+/// query stage, which itself is at most 2 steps ahead of the warpgroup of dQ.
+constexpr int kStepRing = 8;
+
+template <int Rows, int Keys>
+struct __align__(16) Statistics {
+  float negative_lse[Rows];    // -lse * log2(e); -inf: the row sees nothing, P = 0
+  float negative_delta[Rows];  // -delta * scale
+  Interval seen_by[Keys];      // of each key, the queries of this tile that see it; written for masked steps
+};
+
+/// Self-resetting counter: after every CTA of the grid was told "none left" it stands at zero again.
+__device__ __forceinline__ int claim_item(const BackwardParams& p) {
+  return static_cast<int>(atomicInc(p.counter, p.last_claim));
+}
+
+/// What the producer keeps in shared memory while it walks an item: it has 24 registers.
+struct __align__(16) Walk {
+  int4 item[2];
+  int next, items;  // the item after this one; how many came before it
+};
+
+/// Tells every step of every item this CTA gets, in s.steps, then one with kStop; after each it calls on_step(i, step). By one
+/// thread.
+template <class Shared, class OnStep>
+__device__ __forceinline__ void walk_items(const BackwardParams& p, Shared& s, int rows, const OnStep& on_step) {
+  int i = 0;
+  s.walk.next = claim_item(p), s.walk.items = 0;
+  while (s.walk.next < p.item_count) {
+    const int item = s.walk.next;
+    s.walk.item[0] = __ldg(p.items + 2 * item), s.walk.item[1] = __ldg(p.items + 2 * item + 1);
+    int flags = kFirst;
+#pragma unroll 1
+    for (; s.walk.item[1].y < s.walk.item[1].z; s.walk.item[1].y++) {
+#pragma unroll 1
+      for (int run = s.walk.item[0].x; run < s.walk.item[0].y; run++) {
+        int m = __ldg(&p.runs[run].x);
+#pragma unroll 1
+        do {
+          Step& step = s.steps[i % kStepRing];
+          const int4 r = __ldg(p.runs + run);  // again for every step: in L1, and cheaper than the registers
+          step.first_row = m * rows, step.head = s.walk.item[1].y, step.batch = s.walk.item[0].w;
+          step.first_key = s.walk.item[0].z, step.kv_head = s.walk.item[1].x;
+          step.band_begin = r.z, step.band_count = r.w;
+          m = m + 1 < r.y ? m + 1 : -1;
+          // The next item is claimed with the last tile and not earlier: early claims undo longest-first.
+          if (m < 0 && run + 1 == s.walk.item[0].y && s.walk.item[1].y + 1 == s.walk.item[1].z) {
+            flags |= kLast;
+            s.walk.next = claim_item(p);
+          }
+          step.flags = flags;
+          flags = 0;
+          ptx::mbarrier_arrive(&s.step_told[i % kStepRing]);
+          on_step(i, step);
+          i++;
+        } while (m >= 0);
+      }
+    }
+    s.walk.items++;
+  }
+  s.steps[i % kStepRing].flags = kStop;
+  ptx::mbarrier_arrive(&s.step_told[i % kStepRing]);
+}
+
+/// The statistics of a step, by one warp. Rows past the end get P = 0.
+template <int Rows, int Keys, class Shared>
+__device__ __forceinline__ void produce_statistics(const BackwardParams& p, Shared& s, int lane) {
+  constexpr int kEach = Rows / 32;
+#pragma unroll 1
+  for (int i = 0;; i++) {
+    const Step& step = s.steps[i % kStepRing];
+    ptx::mbarrier_wait(&s.step_told[i % kStepRing], (i / kStepRing) & 1);
+    if (step.flags & kStop) break;
+    Statistics<Rows, Keys>& to = s.statistics[i & 1];
+    const float* lse = p.lse + step.batch * p.lse_batch_stride + step.head * p.lse_head_stride;
+    const float* delta = p.delta + step.batch * p.delta_batch_stride + step.head * p.delta_head_stride;
+    float a[kEach], c[kEach];
+#pragma unroll
+    for (int r = 0; r < kEach; r++) {
+      const int row = step.first_row + r * 32 + lane;
+      a[r] = -INFINITY, c[r] = 0.f;
+      if (row < p.q_len) {
+        const float l = __ldg(lse + row);
+        a[r] = l == -INFINITY ? l : l * -kLog2E;
+        c[r] = l == -INFINITY ? 0.f : -p.scale * __ldg(delta + row);
+      }
+    }
+    ptx::mbarrier_wait(&s.q_free[i & 1], ((i >> 1) & 1) ^ 1);
+#pragma unroll
+    for (int r = 0; r < kEach; r++) {
+      to.negative_lse[r * 32 + lane] = a[r];
+      to.negative_delta[r * 32 + lane] = c[r];
+    }
+    if (step.band_count & 0xffff) {
+#pragma unroll 1
+      for (int r = lane; r < Keys; r += 32) {
+        const int key = step.first_key + r;
+        Interval seen = Interval::of(0, 0);
+#pragma unroll 1
+        for (int j = 0; j < (step.band_count & 0xffff); j++) {  // bands of one pass share no key
+          const int4 x = __ldg(p.bands + 2 * (step.band_begin + j)), y = __ldg(p.bands + 2 * (step.band_begin + j) + 1);
+          if (key >= x.x && key < x.y) seen = band_interval(key, x.z, x.w, y.x, y.y, step.first_row, Rows);
+        }
+        to.seen_by[r] = seen;
+      }
+    }
+    __syncwarp();
+    if (lane == 0) ptx::mbarrier_arrive(&s.q_full[i & 1]);
+  }
+}
+
+/// Adds this lane's part of a 64 x 2N accumulator to float32 rows. row: the upper of the lane's two rows, at column 4 * (bit 1 of
+/// lane); neighbouring lanes swap halves, so that each adds 16 bytes of one row. inside: the lane's row (upper for even lanes,
+/// lower for odd ones) exists; columns: how many exist, from column 0.
+template <int N>
+__device__ __forceinline__ void add_rows(float* row, const float (&d)[N], int lane, bool inside, int columns) {
+  const bool odd = lane & 1;
+  const int first = (lane & 2) * 2;
+#pragma unroll
+  for (int j = 0; j < N / 4; j++) {
+    const float a0 = __shfl_xor_sync(~0u, odd ? d[j * 4] : d[j * 4 + 2], 1);
+    const float a1 = __shfl_xor_sync(~0u, odd ? d[j * 4 + 1] : d[j * 4 + 3], 1);
+    const float y0 = odd ? a0 : d[j * 4], y1 = odd ? a1 : d[j * 4 + 1];
+    const float y2 = odd ? d[j * 4 + 2] : a0, y3 = odd ? d[j * 4 + 3] : a1;
+    if (inside && j * 8 + first < columns) ptx::reduce_add_v4(row + j * 8, y0, y1, y2, y3);
+  }
+}
+
+/// Deterministic mode. A query tile is added to by key tiles from the last to the first, passes over one tile in turn; the
+/// turn of key tile `tile` is how many visits come before it. The work list hands out key tiles in the same order, so whoever is
+/// waited for has started: no deadlock. Last to first, because under a causal mask that is the order in which they arrive.
+__device__ __forceinline__ int turn_of(const BackwardParams& p, int q_tile, int tile, int pass) {
+  int turn = pass;
+  for (int i = __ldg(p.visit_offsets + q_tile); i < __ldg(p.visit_offsets + q_tile + 1); i++) {
+    const int2 v = __ldg(p.visits + i);
+    turn += max(v.y - max(v.x, tile + 1), 0);
+  }
+  return turn;
+}
+__device__ __forceinline__ void wait_turn(const int* turns, int turn) {
+  int now;
+  do {
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(now) : "l"(turns) : "memory");
+  } while (now != turn);
+  asm volatile("fence.proxy.async.global;" ::: "memory");
+}
+/// After bulk_wait<0>, by the same thread.
+__device__ __forceinline__ void end_turn(int* turns) {
+  asm volatile("fence.proxy.async.global;\nred.release.gpu.global.add.s32 [%0], 1;" ::"l"(turns) : "memory");
+}
+
+/// Turns scores q.k into exponents (log2 units, before the subtraction of lse). Softcap: cap * tanh(score / cap) by exp2,
+/// absolute error about 1e-7 of the cap; tanh.approx would move a score of 50 by 0.02.
+template <int N>
+__device__ __forceinline__ void cap_scores(float (&x)[N], const BackwardParams& p) {
+#pragma unroll
+  for (int i = 0; i < N; i++)
+    x[i] = p.scale_log2 * fmaf(-2.f, __fdividef(1.f, 1.f + ptx::exp2_approx(x[i] * p.tanh_exponent)), 1.f);
+}
+/// 1 - tanh^2 of a capped score, found again from P: log2 P + lse * log2(e) is the score. A P that was rounded to 0 gives a
+/// finite value.
+__device__ __forceinline__ float cap_slope(float probability, float negative_lse, float inverse_cap) {
+  const float t = fmaxf(fminf((__log2f(probability) - negative_lse) * inverse_cap, 1.f), -1.f);
+  return fmaf(-t, t, 1.f);
+}
+
+}  // namespace ringflash

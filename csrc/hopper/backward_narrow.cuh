@@ -1,0 +1,315 @@
+// Backward for head dims up to 128.
+//
+// A CTA owns 128 keys of one KV head and walks over query tiles of every query head of the group, so dk and dv are summed in
+// registers and added to memory once. Four warpgroups:
+//   0     producers, 24 registers: warp 0 walks the work list and issues the tensor copies, warp 2 brings row statistics
+//   1, 2  64 keys each, 208 registers. S^T = K Q^T and dP^T = V dO^T are formed transposed, so that P^T and dS^T leave the
+//         accumulators already as register A operands: dV += P^T dO and dK += dS^T Q read only B from shared memory
+//   3     dQ, 72 registers: dQ^T = K^T dS^T in two halves, to shared memory, then added to global memory by the copy engine
+// dS has two buffers between 1, 2 and 3: no warpgroup waits for a sibling. One step of a consumer:
+//   exp of S(i) [dK(i-1) in flight] | dP(i), dV(i) | dS(i), stored for warpgroup 3 | issue S(i+1), dK(i) | wait for S(i+1)
+// P enters dS as the rounded values that dV used; a float32 P would cost 32 registers more (error of dq, dk 2.4e-3 instead
+// of 1.7e-3).
+#pragma once
+#include "backward_common.cuh"
+#include "backward_tiles.h"
+
+namespace ringflash {
+
+template <class Tile>
+struct __align__(1024) NarrowShared {
+  static constexpr int kPanelRows = 64 * Tile::kPanels;
+  uint16_t k[Tile::kKeys * kPanelRows];  // [panel][key][64], 128-byte swizzle; so are all below
+  uint16_t v[Tile::kKeys * kPanelRows];
+  uint16_t q[2][Tile::kRows * kPanelRows];  // [stage][panel][query][64]
+  uint16_t dout[2][Tile::kRows * kPanelRows];
+  uint16_t ds[2][2][Tile::kRows * 64];  // [stage][half of the keys][query][64 keys]
+  float dq[2][2][64 * 32];              // [half][32 columns of d][query][32]
+  Statistics<Tile::kRows, Tile::kKeys> statistics[2];
+  Step steps[kStepRing];
+  Walk walk;
+  uint64_t k_full, v_full, k_free, v_free;
+  uint64_t q_full[2], q_free[2], dout_full[2], dout_free[2], ds_full[2], ds_free[2];
+  uint64_t step_told[kStepRing];
+};
+
+template <class T, class Tile, bool Softcap, bool Deterministic>
+__global__ void __launch_bounds__(Tile::kThreads, 1)
+    backward_narrow(const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap k_map,
+                    const __grid_constant__ CUtensorMap v_map, const __grid_constant__ CUtensorMap dout_map,
+                    const __grid_constant__ CUtensorMap dq_map, const __grid_constant__ BackwardParams p) {
+  using Shared = NarrowShared<Tile>;
+  constexpr int kD = Tile::kHeadDim, kRows = Tile::kRows, kKeys = Tile::kKeys, kPanels = Tile::kPanels;
+  extern __shared__ __align__(1024) uint8_t raw[];
+  Shared& s = *reinterpret_cast<Shared*>(raw);
+  const int warpgroup = threadIdx.x / 128, thread = threadIdx.x % 128, lane = thread % 32;
+  if (threadIdx.x == 0) {
+    ptx::mbarrier_init(&s.k_full, 1), ptx::mbarrier_init(&s.v_full, 1);
+    ptx::mbarrier_init(&s.k_free, 12), ptx::mbarrier_init(&s.v_free, 8);  // one arrival per warp
+    for (int i = 0; i < 2; i++) {
+      ptx::mbarrier_init(&s.q_full[i], 2), ptx::mbarrier_init(&s.dout_full[i], 1);
+      ptx::mbarrier_init(&s.q_free[i], 8), ptx::mbarrier_init(&s.dout_free[i], 8);
+      ptx::mbarrier_init(&s.ds_full[i], 8), ptx::mbarrier_init(&s.ds_free[i], 4);
+    }
+    for (int i = 0; i < kStepRing; i++) ptx::mbarrier_init(&s.step_told[i], 1);
+    ptx::mbarrier_init_fence();
+  }
+  __syncthreads();
+
+  if (warpgroup == 0) {
+    ptx::registers_lower<Tile::kProducerRegisters>();
+    if (thread == 0) {
+      ptx::prefetch_tensor_map(&q_map), ptx::prefetch_tensor_map(&k_map);
+      ptx::prefetch_tensor_map(&v_map), ptx::prefetch_tensor_map(&dout_map);
+      walk_items(p, s, kRows, [&](int i, const Step& step) {
+        const int stage = i & 1, phase = (i >> 1) & 1;
+        ptx::mbarrier_wait(&s.q_free[stage], phase ^ 1);
+        ptx::mbarrier_arrive_expect(&s.q_full[stage], sizeof(s.q[0]));
+#pragma unroll 1
+        for (int c = 0; c < kPanels; c++)
+          ptx::tensor_load(s.q[stage] + c * kRows * 64, &q_map, &s.q_full[stage], c * 64, step.first_row, step.head, step.batch,
+                           ptx::kEvictLast);
+        if (step.flags & kFirst) {
+          const int phase = s.walk.items & 1;
+          ptx::mbarrier_wait(&s.k_free, phase ^ 1);
+          ptx::mbarrier_arrive_expect(&s.k_full, sizeof(s.k));
+#pragma unroll 1
+          for (int c = 0; c < kPanels; c++)
+            ptx::tensor_load(s.k + c * kKeys * 64, &k_map, &s.k_full, c * 64, step.first_key, step.kv_head, step.batch,
+                             ptx::kEvictFirst);
+          ptx::mbarrier_wait(&s.v_free, phase ^ 1);
+          ptx::mbarrier_arrive_expect(&s.v_full, sizeof(s.v));
+#pragma unroll 1
+          for (int c = 0; c < kPanels; c++)
+            ptx::tensor_load(s.v + c * kKeys * 64, &v_map, &s.v_full, c * 64, step.first_key, step.kv_head, step.batch,
+                             ptx::kEvictFirst);
+        }
+        ptx::mbarrier_wait(&s.dout_free[stage], phase ^ 1);
+        ptx::mbarrier_arrive_expect(&s.dout_full[stage], sizeof(s.dout[0]));
+#pragma unroll 1
+        for (int c = 0; c < kPanels; c++)
+          ptx::tensor_load(s.dout[stage] + c * kRows * 64, &dout_map, &s.dout_full[stage], c * 64, step.first_row, step.head,
+                           step.batch, ptx::kEvictLast);
+      });
+    } else if (thread / 32 == 2) {
+      produce_statistics<kRows, kKeys>(p, s, lane);
+    }
+  } else if (warpgroup == 3) {
+    ptx::registers_lower<Tile::kDqRegisters>();
+    using Product = ptx::Wgmma<64, T, true, false>;
+    const int warp = thread / 32, c0 = (lane % 4) * 2;
+    const uint32_t ds_low = ptx::descriptor_low(ptx::shared_address(s.ds)), k_low = ptx::descriptor_low(ptx::shared_address(s.k));
+    // This lane holds d = 16 warp + lane / 4 (+ 8) and queries 8 j + c0 (+ 1): 4-byte stores, one box row (32 d) per query, chunk
+    // ^= query % 8: free of bank conflicts.
+    const uint32_t box = ptx::shared_address(s.dq) + (warp >> 1) * 64 * 128 + c0 * 128 +
+                         ((((warp & 1) * 4 + (lane >> 4)) ^ c0) << 4) + ((lane >> 2) & 3) * 4;
+    int items = 0;
+    int* owed = nullptr;  // deterministic: the turn this thread holds until its additions are complete
+#pragma unroll 1
+    for (int i = 0;; i++) {
+      const Step& step = s.steps[i % kStepRing];
+      ptx::mbarrier_wait(&s.step_told[i % kStepRing], (i / kStepRing) & 1);
+      const int flags = step.flags;
+      if (flags & kStop) break;
+      const int row = step.first_row, head = step.head, batch = step.batch;
+      if (flags & kFirst) ptx::mbarrier_wait(&s.k_full, items++ & 1);
+      const int stage = i & 1;
+      const uint32_t b = ds_low + stage * (2 * kRows * 128 / 16);
+      int turn = 0;
+      int* turns = nullptr;
+      if (Deterministic && thread == 0) {
+        turns = p.turns + (static_cast<int64_t>(batch) * p.heads + head) * p.q_tiles + row / kRows;
+        turn = turn_of(p, row / kRows, step.first_key / kKeys, step.band_count >> 16);
+      }
+      ptx::mbarrier_wait(&s.ds_full[stage], (i >> 1) & 1);
+#pragma unroll 1  // unrolled, the two halves would want 64 accumulators
+      for (int half = 0; half < 2; half++) {
+        // Halves of d where there are two panels, else halves of the queries.
+        const uint32_t a_half = kPanels == 2 ? k_low + half * kKeys * 8 : k_low, b_half = kPanels == 2 ? b : b + half * 64 * 8;
+        float x[32];
+        ptx::wgmma_fence();
+        Product::ss_first(x, ptx::descriptor(a_half), ptx::descriptor(b_half));
+#pragma unroll
+        for (int k = 1; k < kKeys / 16; k++)
+          Product::ss(x, ptx::descriptor(a_half + k * 128), ptx::descriptor(b_half + (k / 4) * kRows * 8 + (k % 4) * 2));
+        ptx::wgmma_commit();
+        if (thread == 0) ptx::bulk_wait_read<1>();
+        ptx::barrier_sync<3, 128>();  // the boxes of this half were read
+        ptx::wgmma_wait<0>();
+        ptx::pin(x);
+        if (half == 1 && lane == 0) {
+          ptx::mbarrier_arrive(&s.ds_free[stage]);
+          if (flags & kLast) ptx::mbarrier_arrive(&s.k_free);
+        }
+#pragma unroll
+        for (int j = 0; j < 8; j++)
+#pragma unroll
+          for (int e = 0; e < 4; e++)
+            asm volatile("st.shared.f32 [%0], %1;" ::"r"((box ^ ((e & 1) * 16) ^ ((e >> 1) * 32)) + (e & 1) * 128 + j * 1024 +
+                                                         half * (64 * 256)),
+                         "f"(x[j * 4 + e])
+                         : "memory");
+        ptx::fence_async_proxy();
+        if (Deterministic && half == 0 && thread == 0) {
+          if (owed) ptx::bulk_wait<0>(), end_turn(owed);
+          wait_turn(turns, turn);
+          owed = turns;
+        }
+        ptx::barrier_sync<2, 128>();
+        if (thread == 0) {  // rows and columns past the end are clipped
+#pragma unroll
+          for (int c = 0; c < 2; c++) {
+            const int column = (kPanels == 2 ? half * 64 : 0) + c * 32;
+            if (column < kD)
+              ptx::tensor_reduce_add(&dq_map, s.dq[half][c], column, kPanels == 2 ? row : row + half * 64, head, batch);
+          }
+          ptx::bulk_commit();
+        }
+      }
+    }
+    if (thread == 0) {
+      ptx::bulk_wait<0>();
+      if (Deterministic && owed) end_turn(owed);
+    }
+  } else {
+    ptx::registers_raise<Tile::kConsumerRegisters>();
+    using Scores = ptx::Wgmma<kRows, T>;
+    using Gradient = ptx::Wgmma<kD, T, false, true>;
+    constexpr uint32_t kStage = sizeof(s.q[0]) / 16;  // in descriptor units
+    // Warp-uniform, so that descriptors live in uniform registers.
+    const int w = __shfl_sync(~0u, warpgroup - 1, 0), warp = __shfl_sync(~0u, thread / 32, 0);
+    const uint32_t k_low = ptx::descriptor_low(ptx::shared_address(s.k) + w * 64 * 128);
+    const uint32_t v_low = ptx::descriptor_low(ptx::shared_address(s.v) + w * 64 * 128);
+    const uint32_t q_low = ptx::descriptor_low(ptx::shared_address(s.q), kRows * 128);
+    const uint32_t dout_low = ptx::descriptor_low(ptx::shared_address(s.dout), kRows * 128);
+    const int c0 = (lane % 4) * 2,
+              key = w * 64 + warp * 16 + lane / 4;  // this lane: keys `key` and + 8, queries 8 j + c0 and the next
+    // Row address of this lane for stmatrix.trans: dS is stored [query][key].
+    const uint32_t ds_store = ptx::shared_address(s.ds[0][w]) + ((lane & 7) + ((lane >> 4) & 1) * 8) * 128 +
+                              (((warp * 2 + ((lane >> 3) & 1)) ^ (lane & 7)) << 4);
+    float dk[kD / 2], dv[kD / 2];
+    float x[kRows / 2];     // S^T, then P^T, then dP^T
+    uint32_t a[kRows / 4];  // P^T, then dS^T: A operands
+
+    const auto issue_scores = [&](uint32_t left, uint32_t right, int stage) {  // x = left right^T
+      const uint32_t r = right + stage * kStage;
+      Scores::ss_first(x, ptx::descriptor(left), ptx::descriptor(r));
+#pragma unroll
+      for (int k = 1; k < kD / 16; k++)
+        Scores::ss(x, ptx::descriptor(left + (k / 4) * kKeys * 8 + (k % 4) * 2),
+                   ptx::descriptor(r + (k / 4) * kRows * 8 + (k % 4) * 2));
+      ptx::wgmma_commit();
+    };
+    const auto issue_gradient = [&](float (&d)[kD / 2], uint32_t right, int stage) {  // d += a right
+#pragma unroll
+      for (int k = 0; k < kRows / 16; k++) Gradient::rs(d, a + 4 * k, ptx::descriptor(right + stage * kStage + k * 128));
+      ptx::wgmma_commit();
+    };
+
+    int i = 0, items = 0;
+#pragma unroll 1
+    while (true) {
+      const int first = i % kStepRing;
+      ptx::mbarrier_wait(&s.step_told[first], (i / kStepRing) & 1);
+      int flags = s.steps[first].flags, bands = s.steps[first].band_count & 0xffff;
+      if (flags & kStop) break;
+      const int first_key = s.steps[first].first_key, kv_head = s.steps[first].kv_head, batch = s.steps[first].batch;
+      ptx::mbarrier_wait(&s.k_full, items & 1);
+      ptx::mbarrier_wait(&s.q_full[i & 1], (i >> 1) & 1);
+      ptx::wgmma_fence();
+      issue_scores(k_low, q_low, i & 1);
+#pragma unroll
+      for (int n = 0; n < kD / 2; n++) dk[n] = dv[n] = 0.f;
+      ptx::mbarrier_wait(&s.v_full, items & 1);
+      ptx::wgmma_wait<0>();
+      ptx::pin(x);
+      bool running = false;  // dK of the step before is in flight
+#pragma unroll 1
+      while (true) {
+        const int stage = i & 1, phase = (i >> 1) & 1;
+        const auto& rows = s.statistics[stage];
+        if (Softcap) cap_scores(x, p);
+        if (bands) mask_scores(x, rows.seen_by[key], rows.seen_by[key + 8], c0);
+#pragma unroll
+        for (int j = 0; j < kRows / 8; j++) {
+          const float2 l = *reinterpret_cast<const float2*>(&rows.negative_lse[j * 8 + c0]);
+#pragma unroll
+          for (int e = 0; e < 4; e++) {
+            const float negative_lse = (e & 1) ? l.y : l.x;
+            x[j * 4 + e] =
+                ptx::exp2_approx(Softcap ? x[j * 4 + e] + negative_lse : fmaf(x[j * 4 + e], p.scale_log2, negative_lse));
+          }
+        }
+        ptx::pin(x);
+        ptx::wgmma_wait<0>();  // dK of the step before
+        ptx::pin(a);
+        if (running && lane == 0) ptx::mbarrier_arrive(&s.q_free[stage ^ 1]);
+        running = true;
+#pragma unroll
+        for (int k = 0; k < kRows / 4; k++) a[k] = ptx::pack<T>(x[2 * k], x[2 * k + 1]);
+        ptx::mbarrier_wait(&s.dout_full[stage], phase);
+        ptx::wgmma_fence();
+        issue_scores(v_low, dout_low, stage);
+        issue_gradient(dv, dout_low, stage);
+        ptx::wgmma_wait<0>();
+        ptx::pin(x);
+        ptx::pin(a);
+        if (lane == 0) ptx::mbarrier_arrive(&s.dout_free[stage]);
+#pragma unroll
+        for (int j = 0; j < kRows / 8; j++) {  // dS * scale = P (dP * scale - delta * scale)
+          const float2 delta = *reinterpret_cast<const float2*>(&rows.negative_delta[j * 8 + c0]);
+          float2 l = {};
+          if (Softcap) l = *reinterpret_cast<const float2*>(&rows.negative_lse[j * 8 + c0]);
+#pragma unroll
+          for (int e = 0; e < 2; e++) {
+            const float2 prob = ptx::unpack<T>(a[2 * j + e]);
+            float left = fmaf(x[j * 4 + 2 * e], p.scale, delta.x), right = fmaf(x[j * 4 + 2 * e + 1], p.scale, delta.y);
+            if (Softcap) left *= cap_slope(prob.x, l.x, p.inverse_cap), right *= cap_slope(prob.y, l.y, p.inverse_cap);
+            a[2 * j + e] = ptx::pack<T>(prob.x * left, prob.y * right);
+          }
+        }
+        ptx::mbarrier_wait(&s.ds_free[stage], phase ^ 1);
+#pragma unroll
+        for (int k = 0; k < kRows / 16; k++)
+          ptx::stmatrix_x4_trans(ds_store + stage * (2 * kRows * 128) + k * 16 * 128, a[4 * k], a[4 * k + 1], a[4 * k + 2],
+                                 a[4 * k + 3]);
+        ptx::fence_async_proxy();
+        __syncwarp();
+        if (lane == 0) ptx::mbarrier_arrive(&s.ds_full[stage]);
+        // The last step repeats its own S, which nobody reads: a conditional product would cost a second code path.
+        const bool last = flags & kLast;
+        int next = stage;
+        if (!last) {
+          next = stage ^ 1;
+          ptx::mbarrier_wait(&s.q_full[next], ((i + 1) >> 1) & 1);
+          flags = s.steps[(i + 1) % kStepRing].flags;
+          bands = s.steps[(i + 1) % kStepRing].band_count & 0xffff;
+        }
+        ptx::wgmma_fence();
+        issue_scores(k_low, q_low, next);
+        issue_gradient(dk, q_low, stage);
+        ptx::wgmma_wait<1>();  // S of the next step
+        ptx::pin(x);
+        i++;
+        if (last) break;
+      }
+      ptx::wgmma_wait<0>();
+      ptx::pin(dk);
+      ptx::pin(dv);
+      ptx::pin(a);
+      if (lane == 0) {
+        ptx::mbarrier_arrive(&s.q_free[(i - 1) & 1]);
+        ptx::mbarrier_arrive(&s.k_free);
+        ptx::mbarrier_arrive(&s.v_free);
+      }
+      items++;
+      const int row = first_key + key + (lane & 1) * 8;
+      add_rows(p.dv + batch * p.dv_batch_stride + row * p.dv_seq_stride + kv_head * p.dv_head_stride + (lane & 2) * 2, dv, lane,
+               row < p.k_len, p.head_dim_v);
+      add_rows(p.dk + batch * p.dk_batch_stride + row * p.dk_seq_stride + kv_head * p.dk_head_stride + (lane & 2) * 2, dk, lane,
+               row < p.k_len, p.head_dim);
+    }
+  }
+}
+
+}  // namespace ringflash

@@ -1,0 +1,19 @@
+// One instantiation of the backward for head dims up to 128.
+#pragma once
+#include "backward_launch.cuh"
+#include "backward_narrow.cuh"
+
+namespace ringflash {
+
+template <class T, class Tile>
+int launch_backward(const RfHopperBackwardParams& c, cudaStream_t stream) {
+  CUtensorMap maps[5];
+  BackwardParams p{};
+  if (const int error = backward_arguments<T, Tile>(c, maps, p)) return error;
+  const auto launch = [&](auto kernel) { return launch_backward_kernel<Tile, NarrowShared<Tile>>(kernel, c, maps, p, stream); };
+  if (c.turns)
+    return c.softcap > 0.f ? launch(backward_narrow<T, Tile, true, true>) : launch(backward_narrow<T, Tile, false, true>);
+  return c.softcap > 0.f ? launch(backward_narrow<T, Tile, true, false>) : launch(backward_narrow<T, Tile, false, false>);
+}
+
+}  // namespace ringflash

@@ -1,0 +1,18 @@
+// What is chosen per head dimension in the backward: tile sizes and register budgets.
+#pragma once
+
+namespace ringflash {
+
+/// Head dims up to 128 (backward_narrow.cuh). Rows: queries of a tile. A consumer's accumulators are 64 x HeadDim (twice) and 64
+/// x Rows.
+template <int HeadDim_, int Rows_>
+struct NarrowTile {
+  static constexpr int kHeadDim = HeadDim_, kRows = Rows_, kKeys = 128;
+  static constexpr int kPanels = (HeadDim_ + 63) / 64;  // of 64 columns, 128 bytes
+  static constexpr int kThreads = 512;
+  static constexpr int kConsumerRegisters = 208, kDqRegisters = 72, kProducerRegisters = 24;
+  static_assert(2 * kConsumerRegisters + kDqRegisters + kProducerRegisters == 512, "the register file of a multiprocessor");
+  static_assert(kPanels * kRows == 128, "dQ is made in two halves of 64 x 64");
+};
+
+}  // namespace ringflash

@@ -1,0 +1,280 @@
+"""Backward of our Hopper kernels (csrc/hopper/backward*): gradients added into caller-owned float32 tensors; and delta."""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from functools import cache
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ringflash import ops
+from ringflash.kernels.tiles_backward import Shape, WorkList, work_list
+from ringflash.slices import Slices
+
+if TYPE_CHECKING:
+    from ringflash.kernels import Problem
+
+DTYPES = (torch.bfloat16, torch.float16)
+MAX_HEAD_DIM = 128
+
+_PARAMS = struct.Struct("=16Q25q10i2f")
+"""``RfHopperBackwardParams`` of csrc/hopper/backward_api.h."""
+
+
+class _DeltaParams(ctypes.Structure):
+    """``RfDeltaParams`` of csrc/hopper/backward_api.h."""
+
+    _fields_ = [
+        ("dout", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("dlse", ctypes.c_void_p),
+        ("delta", ctypes.c_void_p),
+        ("dout_strides", ops.Strides),
+        ("out_strides", ops.Strides),
+        ("dlse_strides", ops.Strides),
+        ("delta_strides", ops.Strides),
+        ("batch", ctypes.c_int64),
+        ("seq", ctypes.c_int64),
+        ("heads", ctypes.c_int32),
+        ("head_dim", ctypes.c_int32),
+        ("dtype", ctypes.c_int32),
+        ("reserved", ctypes.c_int32),
+    ]
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    """The device library with the backward's entry points declared; None if this installation has none."""
+    lib = ops.library()
+    if lib is None or not lib.rf_has_hopper():
+        return None
+    lib.rf_hopper_backward.argtypes = [ctypes.c_char_p, ctypes.c_void_p]
+    lib.rf_hopper_backward.restype = ctypes.c_int
+    int32_pointer = ctypes.POINTER(ctypes.c_int32)
+    lib.rf_hopper_backward_tile.argtypes = [ctypes.c_int32, ctypes.c_int32, int32_pointer, int32_pointer]
+    lib.rf_hopper_backward_tile.restype = ctypes.c_int
+    lib.rf_delta.argtypes = [ctypes.POINTER(_DeltaParams), ctypes.c_void_p]
+    lib.rf_delta.restype = ctypes.c_int
+    return lib
+
+
+def refuses(problem: Problem) -> str | None:
+    """Why the backward cannot do it; None if it can. What the forward has checked is not checked again."""
+    for word, size in (("head_dim", problem.head_dim), ("head_dim of v", problem.head_dim_v)):
+        if size % 8 or not 0 < size <= MAX_HEAD_DIM:
+            return f"its backward needs a {word} that is a multiple of 8 up to {MAX_HEAD_DIM}, got {size}"
+    return None
+
+
+@cache
+def _tile(head_dim: int, head_dim_v: int) -> tuple[int, int]:
+    """Queries and keys of the tiles that the kernel of these head dims computes."""
+    lib = _library()
+    assert lib is not None
+    rows, keys = ctypes.c_int32(), ctypes.c_int32()
+    code = lib.rf_hopper_backward_tile(head_dim, head_dim_v, ctypes.byref(rows), ctypes.byref(keys))
+    ops.check(lib, "rf_hopper_backward_tile", code)
+    return rows.value, keys.value
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@cache
+def _counter(device: torch.device, stream: int) -> Tensor:
+    """The work counter of a stream: zero between launches, and launches of one stream never overlap."""
+    return torch.zeros(1, dtype=torch.int32, device=device)
+
+
+def _fits(x_BSHD: Tensor, vector: int) -> bool:
+    """Whether rows of x are aligned to 16 bytes (``vector`` elements) and no dim of more than one element has stride 0."""
+    if x_BSHD.data_ptr() % 16 or x_BSHD.stride(3) != 1:
+        return False
+    return all(n == 1 or (s > 0 and s % vector == 0) for n, s in zip(x_BSHD.shape[:3], x_BSHD.stride()[:3], strict=True))
+
+
+def _readable(x_BSHD: Tensor) -> Tensor:
+    """x, or a copy where the copy engine cannot read it."""
+    return x_BSHD if _fits(x_BSHD, 8) else x_BSHD.clone(memory_format=torch.contiguous_format)
+
+
+def _strides(x_BSHD: Tensor) -> tuple[int, int, int]:
+    """B, S, H in elements; torch lets a dim of one element carry any stride, the copy engine wants a plausible one."""
+    B, S, H, D = x_BSHD.shape
+    b, s, h, _ = x_BSHD.stride()
+    h = h if H > 1 else D
+    s = s if S > 1 else H * h
+    return (b if B > 1 else S * s), s, h
+
+
+def _rows(x_BHS: Tensor) -> Tensor:
+    return x_BHS if x_BHS.stride(2) == 1 or x_BHS.shape[2] == 1 else x_BHS.contiguous()
+
+
+def backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor | None,
+    lse: Tensor,
+    delta: Tensor,
+    slices: Slices,
+    *,
+    scale: float,
+    softcap: float = 0.0,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    deterministic: bool = False,
+    sm_margin: int = 0,
+) -> None:
+    """Adds the gradients of the Slices into float32 dq, dk, dv; the contract is ``ringflash.kernels.Kernel.backward``.
+
+    ``sm_margin`` multiprocessors are left free. Gradients whose rows are not 16-byte aligned cost a temporary. With
+    ``deterministic`` gradients repeat bitwise on one kind of GPU: additions to a tile of dq take turns, for which 4 bytes per tile,
+    head and batch are used. ValueError for a scale that is not positive.
+    """
+    if not scale > 0.0:
+        raise ValueError(f"scale={scale}: the Hopper kernels need a positive scale; use backend='reference' or negate q")
+    if q.numel() == 0 or k.numel() == 0 or len(slices) == 0:
+        return
+    targets = [x if _fits(x, 4) else torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (dq, dk, dv)]
+    with torch.cuda.device(q.device):
+        inputs = [_readable(x) for x in (dout, q, k, v)]
+        _launch(inputs, _rows(lse), _rows(delta), slices, scale, softcap, targets, deterministic, sm_margin)
+    for target, x in zip(targets, (dq, dk, dv), strict=True):
+        if target is not x:
+            x.add_(target)
+
+
+def _launch(
+    inputs: list[Tensor],
+    lse: Tensor,
+    delta: Tensor,
+    slices: Slices,
+    scale: float,
+    softcap: float,
+    gradients: list[Tensor],
+    deterministic: bool,
+    sm_margin: int,
+) -> None:
+    dout, q, k, v = inputs
+    dq, dk, dv = gradients
+    lib = _library()
+    assert lib is not None
+    B, Sq, H, D = q.shape
+    Sk, Hkv, Dv = k.shape[1], k.shape[2], v.shape[3]
+    rows, keys = _tile(D, Dv)
+    ctas = max(1, _multiprocessors(q.device) - sm_margin)
+    work: WorkList = work_list(slices, Shape(Sq, Sk, B, H, Hkv, D, rows, keys, ctas), deterministic)
+    if not len(work.items):
+        return
+    items, runs, bands, *order = work.on(q.device)
+    turns = torch.zeros(B * H * -(-Sq // rows), dtype=torch.int32, device=q.device) if deterministic else None
+    stream = torch.cuda.current_stream(q.device).cuda_stream
+    params = _PARAMS.pack(
+        dout.data_ptr(),
+        q.data_ptr(),
+        k.data_ptr(),
+        v.data_ptr(),
+        lse.data_ptr(),
+        delta.data_ptr(),
+        dq.data_ptr(),
+        dk.data_ptr(),
+        dv.data_ptr(),
+        items.data_ptr(),
+        runs.data_ptr(),
+        bands.data_ptr(),
+        *((x.data_ptr() for x in order) if order else (0, 0)),
+        turns.data_ptr() if turns is not None else 0,
+        _counter(q.device, stream).data_ptr(),
+        *(stride for x in (dout, q, k, v, dq, dk, dv) for stride in _strides(x)),
+        *lse.stride()[:2],
+        *delta.stride()[:2],
+        B,
+        Sq,
+        Sk,
+        H,
+        Hkv,
+        D,
+        Dv,
+        len(work.items),
+        ops.DTYPES[q.dtype],
+        min(ctas, len(work.items)),
+        scale,
+        softcap,
+    )
+    ops.check(lib, "rf_hopper_backward", lib.rf_hopper_backward(params, stream))
+
+
+def delta(dout: Tensor, out: Tensor, dlse: Tensor | None = None) -> Tensor:
+    """``rowsum(dout * out) - dlse`` in float32 (B, H, S): what a row's softmax gradient subtracts; once per backward pass.
+
+    dout, out: (B, S, H, D) of one dtype; dlse: (B, H, S) or None. One pass over memory where the device library is present.
+    """
+    return torch.ops.ringflash.delta(dout, out, dlse)  # type: ignore[no-any-return]
+
+
+def _check_delta(dout: Tensor, out: Tensor, dlse: Tensor | None) -> None:
+    if dout.dim() != 4 or dout.shape != out.shape or dout.dtype != out.dtype:
+        given = f"dout {tuple(dout.shape)} {dout.dtype} and out {tuple(out.shape)} {out.dtype}"
+        raise ValueError(f"delta: {given} must have one shape (B, S, H, D) and one dtype")
+    B, S, H, _ = dout.shape
+    if dlse is not None and dlse.shape != (B, H, S):
+        raise ValueError(f"delta: dlse {tuple(dlse.shape)} must have the shape (B, H, S) = {(B, H, S)}")
+
+
+def _delta_reference(dout: Tensor, out: Tensor, dlse: Tensor | None) -> Tensor:
+    """delta in plain torch: float64 for float64 inputs, else float32."""
+    _check_delta(dout, out, dlse)
+    acc = torch.float64 if out.dtype == torch.float64 else torch.float32
+    result = (dout.to(acc) * out.to(acc)).sum(-1).transpose(1, 2).contiguous()
+    return result if dlse is None else result.sub_(dlse)
+
+
+def _delta_cuda(dout: Tensor, out: Tensor, dlse: Tensor | None) -> Tensor:
+    lib = _library()
+    vector = 16 // out.element_size()
+    if lib is None or out.dtype not in ops.DTYPES or out.shape[3] % 8 or not (_fits(dout, vector) and _fits(out, vector)):
+        return _delta_reference(dout, out, dlse)
+    _check_delta(dout, out, dlse)
+    B, S, H, D = out.shape
+    result = torch.empty((B, H, S), dtype=torch.float32, device=out.device)
+    dlse = dlse if dlse is None else dlse.float()
+    params = _DeltaParams(
+        dout=dout.data_ptr(),
+        out=out.data_ptr(),
+        dlse=None if dlse is None else dlse.data_ptr(),
+        delta=result.data_ptr(),
+        dout_strides=ops.Strides.of_rows(dout),
+        out_strides=ops.Strides.of_rows(out),
+        dlse_strides=ops.Strides.of_lse(result if dlse is None else dlse),
+        delta_strides=ops.Strides.of_lse(result),
+        batch=B,
+        seq=S,
+        heads=H,
+        head_dim=D,
+        dtype=ops.DTYPES[out.dtype],
+    )
+    with torch.cuda.device(out.device):
+        stream = torch.cuda.current_stream(out.device).cuda_stream
+        ops.check(lib, "rf_delta", lib.rf_delta(ctypes.byref(params), stream))
+    return result
+
+
+def _delta_fake(dout: Tensor, out: Tensor, dlse: Tensor | None) -> Tensor:
+    _check_delta(dout, out, dlse)
+    B, S, H, _ = out.shape
+    return out.new_empty((B, H, S), dtype=torch.float64 if out.dtype == torch.float64 else torch.float32)
+
+
+ops.LIBRARY.define("delta(Tensor dout, Tensor out, Tensor? dlse) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+ops.LIBRARY.impl("delta", _delta_reference, "CompositeExplicitAutograd")
+ops.LIBRARY.impl("delta", _delta_cuda, "CUDA")
+torch.library.register_fake("ringflash::delta", _delta_fake, lib=ops.LIBRARY)

@@ -1,0 +1,276 @@
+"""The work list of the Hopper backward: which tiles of keys meet which tiles of queries, in which order, in which portions.
+
+A *tile* of keys is worked on by one CTA, which walks over the query tiles that see it (the runs of ``tiles.backward_table``). An
+*item* is what a CTA takes at once: one tile of keys, one KV head, some or all query heads of its group, some or all of the runs.
+All scheduling is data in this list; the kernel takes the items in order. No item is empty.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ringflash.kernels import tiles
+from ringflash.slices import IntArray, Slices
+
+Int32Array = npt.NDArray[np.int32]
+
+ITEM_OVERHEAD = 2.0
+"""What an item costs besides its steps, in steps: loading K and V, adding dk and dv."""
+GROUP_BYTES = 32 << 20
+"""Share of the L2 that the queries, dout and dq of the heads in work at the same time may take."""
+SIMULATED_ITEMS = 8192
+"""Longer lists are portioned without trying the alternatives: the end of a long list matters little."""
+FAR = 1 << 29
+"""Beyond every buffer index; twice this still fits an int32."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the list depends on besides the Slices. rows, keys: the kernel's tile. ctas: how many work at the same time."""
+
+    q_len: int
+    k_len: int
+    batch: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    rows: int
+    keys: int
+    ctas: int
+
+
+@dataclass(frozen=True, eq=False)
+class WorkList:
+    """Tables of one launch, int32.
+
+    items: (n, 8): runs [begin, end), first key, batch; KV head, query heads [begin, end) of the tensor, tile of keys.
+    runs: (n, 4): query tiles [begin, end), first band, bands (0: all visible) | passes before this one << 16.
+    bands: (n, 8): keys [r0, r1) are seen by queries [c0, c1) where lo <= query - key <= hi; those of one run share no key.
+    visit_offsets, visits: deterministic lists only. Query tile m is visited by the key tiles of the intervals
+    visits[visit_offsets[m] : visit_offsets[m + 1]], once per interval that holds them.
+    """
+
+    items: Int32Array
+    runs: Int32Array
+    bands: Int32Array
+    visit_offsets: Int32Array | None = None
+    visits: Int32Array | None = None
+    _on_device: dict[torch.device, tuple[torch.Tensor, ...]] = field(default_factory=dict, repr=False)
+
+    def on(self, device: torch.device) -> tuple[torch.Tensor, ...]:
+        """The tables on that device, copied once: items, runs, bands, then visit_offsets and visits if there are any."""
+        if device not in self._on_device:
+            tables = [self.items, self.runs, self.bands]
+            if self.visit_offsets is not None and self.visits is not None:
+                tables += [self.visits, self.visit_offsets]  # those of 16-byte records first
+            buffer = torch.from_numpy(np.concatenate([t.ravel() for t in tables])).to(device)
+            parts = buffer.split([t.size for t in tables])
+            self._on_device[device] = (*parts[:3], *reversed(parts[3:]))
+        return self._on_device[device]
+
+
+@lru_cache(maxsize=256)
+def work_list(slices: Slices, shape: Shape, deterministic: bool) -> WorkList:
+    """The list for one launch. With ``deterministic`` no item shares its keys with another, and key tiles come last to first."""
+    table = tiles.backward_table(slices, shape.q_len, shape.k_len, shape.keys, shape.rows)
+    tile, begin, end, band_begin, band_count, bands = _runs_of(table, shape)
+    if deterministic:
+        tile, begin, end, band_begin, band_count = _number_passes(tile, begin, end, band_begin, band_count)
+    order = np.lexsort((begin, tile))
+    tile, begin, end, band_begin, band_count = (x[order] for x in (tile, begin, end, band_begin, band_count))
+    runs = np.stack([begin, end, band_begin, band_count], axis=1)
+    if deterministic:
+        items = _items(tile, runs, shape, [])[0]
+        offsets, visits = _visits(tile, begin, end, band_count >> 16, -(-shape.q_len // shape.rows))
+        return WorkList(_int32(items), _int32(runs), _int32(bands), _int32(offsets), _int32(visits))
+    plain = _items(tile, runs, shape, None)
+    portioned = _items(tile, runs, shape, _portions(plain[2], shape))
+    chosen = portioned
+    if len(plain[0]) <= SIMULATED_ITEMS and _makespan(plain[2], shape.ctas) <= _makespan(portioned[2], shape.ctas):
+        chosen = plain
+    return WorkList(_int32(chosen[0]), _int32(chosen[1]), _int32(bands))
+
+
+def _int32(x: IntArray) -> Int32Array:
+    return np.ascontiguousarray(x, dtype=np.int32)
+
+
+def _runs_of(table: tiles.TileTable, shape: Shape) -> tuple[IntArray, IntArray, IntArray, IntArray, IntArray, IntArray]:
+    """(key tile, query tiles begin, end, first band, bands) of every run, and the bands (n, 8)."""
+    runs, extra = table.runs.astype(np.int64), table.extra.astype(np.int64)
+    tile, begin, end = runs[:, tiles.ROW_TILE], runs[:, tiles.COLUMN_TILE], runs[:, tiles.COLUMN_TILE_END]
+    own, masked = runs[:, tiles.BAND : tiles.BAND + 6].copy(), runs[:, tiles.EXTRA_BEGIN] >= 0
+    # Keys past the end are zeros in shared memory; unmasked, their P = exp(-lse) could overflow.
+    tail = ~masked & ((tile + 1) * shape.keys > shape.k_len)
+    own[tail] = np.stack(
+        [tile * shape.keys, tile * 0 + shape.k_len, begin * shape.rows, end * shape.rows, tile * 0 - FAR, tile * 0 + FAR], axis=1
+    )[tail]
+    further = np.where(masked, runs[:, tiles.EXTRA_END] - runs[:, tiles.EXTRA_BEGIN], 0)
+    count = (masked | tail) + further
+    first = np.cumsum(count) - count
+    bands = np.zeros((max(int(count.sum()), 1), 8), dtype=np.int64)
+    bands[first[masked | tail], :6] = own[masked | tail]
+    source, owner = tiles._ranges(runs[:, tiles.EXTRA_BEGIN], runs[:, tiles.EXTRA_BEGIN] + further)
+    bands[first[owner] + 1 + source - runs[owner, tiles.EXTRA_BEGIN], :6] = extra[source, :6]
+    return tile, begin, end, first, count, bands
+
+
+def _items(
+    tile: IntArray, runs: IntArray, shape: Shape, portions: list[int] | None
+) -> tuple[IntArray, IntArray, npt.NDArray[np.float64]]:
+    """(items, runs, cost of each item in steps).
+
+    portions: None: longest first inside groups of KV heads that fit L2 together, nothing divided; []: key tiles from the last
+    to the first, one KV head after the other; else into how many portions each item of the first kind is divided.
+    """
+    group = shape.heads // shape.kv_heads
+    tile_of, first = np.unique(tile, return_index=True)
+    last = np.append(first[1:], len(tile))
+    steps = np.add.reduceat(runs[:, 1] - runs[:, 0], first) if len(tile) else np.zeros(0, dtype=np.int64)
+    pairs = shape.batch * shape.kv_heads
+    if portions == []:
+        which, pair = np.tile(np.arange(len(tile_of))[::-1], pairs), np.repeat(np.arange(pairs), len(tile_of))
+    else:
+        together = max(1, GROUP_BYTES // (group * shape.q_len * shape.head_dim * 8))
+        longest = np.argsort(-steps, kind="stable")
+        orders = []
+        for a in range(0, pairs, together):
+            n = min(together, pairs - a)
+            orders.append((np.repeat(longest, n), np.tile(np.arange(a, a + n), len(longest))))
+        which = np.concatenate([o[0] for o in orders])
+        pair = np.concatenate([o[1] for o in orders])
+    items = np.zeros((len(which), 8), dtype=np.int64)
+    items[:, 0], items[:, 1], items[:, 2] = first[which], last[which], tile_of[which] * shape.keys
+    items[:, 3], items[:, 4] = pair // shape.kv_heads, pair % shape.kv_heads
+    items[:, 5], items[:, 6], items[:, 7] = items[:, 4] * group, (items[:, 4] + 1) * group, tile_of[which]
+    cost = steps[which] * float(group)
+    if not portions:
+        return items, runs, cost
+    return _divide(items, runs, steps[which], np.asarray(portions), group)
+
+
+def _portions(cost: npt.NDArray[np.float64], shape: Shape) -> list[int]:
+    """Into how many portions to divide each item: none may be longer than what then is left for each CTA."""
+    left = np.cumsum(cost[::-1])[::-1]
+    longest = np.maximum(left / shape.ctas, 4.0)
+    return [int(n) for n in np.ceil(cost / longest - 1e-9)]
+
+
+def _divide(
+    items: IntArray, runs: IntArray, steps: IntArray, portions: IntArray, group: int
+) -> tuple[IntArray, IntArray, npt.NDArray[np.float64]]:
+    """Divides items by query heads first, then by query tiles. dk and dv are additions, so any division is correct."""
+    parts: dict[tuple[int, int], list[tuple[int, int, int]]] = {}  # (first run, q portions) -> [(run begin, end, steps)]
+    more_runs: list[list[int]] = []
+    out: list[list[int]] = []
+    cost: list[float] = []
+    for item, n, wanted in zip(items.tolist(), steps.tolist(), portions.tolist(), strict=True):
+        if wanted <= 1:
+            out.append(item)
+            cost.append(n * float(item[6] - item[5]))
+            continue
+        by_heads = min(wanted, group)
+        by_tiles = min(-(-wanted // group), n)
+        key = (item[0], by_tiles)
+        if key not in parts:
+            parts[key] = (
+                [(item[0], item[1], n)] if by_tiles == 1 else _cut(runs[item[0] : item[1]], n, by_tiles, len(runs), more_runs)
+            )
+        for run_begin, run_end, portion in parts[key]:
+            for h in range(by_heads):
+                a, b = item[5] + h * group // by_heads, item[5] + (h + 1) * group // by_heads
+                out.append([run_begin, run_end, item[2], item[3], item[4], a, b, item[7]])
+                cost.append(portion * float(b - a))
+    all_runs = np.concatenate([runs, np.array(more_runs, dtype=np.int64).reshape(-1, 4)])
+    return np.array(out, dtype=np.int64).reshape(-1, 8), all_runs, np.array(cost)
+
+
+def _cut(own: IntArray, steps: int, n: int, base: int, more_runs: list[list[int]]) -> list[tuple[int, int, int]]:
+    """Cuts the runs of one tile into n portions of about equal length; the pieces are appended to more_runs."""
+    result = []
+    cumulated = np.concatenate([[0], np.cumsum(own[:, 1] - own[:, 0])])
+    for i in range(n):
+        a, b = steps * i // n, steps * (i + 1) // n
+        begin = base + len(more_runs)
+        for run, at in zip(own.tolist(), cumulated.tolist(), strict=False):
+            lo, hi = max(a - at, 0) + run[0], min(b - at, run[1] - run[0]) + run[0]
+            if hi > lo:
+                more_runs.append([lo, hi, run[2], run[3]])
+        result.append((begin, base + len(more_runs), b - a))
+    return result
+
+
+def _makespan(cost: Iterable[float], ctas: int) -> float:
+    """When the last CTA is done, each taking the next item as soon as it is free."""
+    free = [0.0] * ctas
+    for c in cost:
+        heapq.heapreplace(free, free[0] + c + ITEM_OVERHEAD)
+    return max(free)
+
+
+def _number_passes(
+    tile: IntArray, begin: IntArray, end: IntArray, band_begin: IntArray, band_count: IntArray
+) -> tuple[IntArray, IntArray, IntArray, IntArray, IntArray]:
+    """Runs of which every query tile has had the same number of passes before; that number goes to band_count's high half.
+
+    A tile of scores that several Slices with common keys touch is computed once for each; full runs are computed once anyway.
+    """
+    masked = np.flatnonzero(band_count > 0)
+    m, i = tiles._ranges(begin[masked], end[masked])
+    run = masked[i]
+    order = np.lexsort((run, m, tile[run]))
+    m, run = m[order], run[order]
+    new = np.ones(len(m), dtype=bool)
+    new[1:] = (tile[run][1:] != tile[run][:-1]) | (m[1:] != m[:-1])
+    start = np.flatnonzero(new)
+    number = np.arange(len(m)) - np.repeat(start, np.diff(np.append(start, len(m))))
+    # Back to runs: neighbours of one run with one number.
+    order = np.lexsort((m, run))
+    m, run, number = m[order], run[order], number[order]
+    new = np.ones(len(m), dtype=bool)
+    new[1:] = (run[1:] != run[:-1]) | (m[1:] != m[:-1] + 1) | (number[1:] != number[:-1])
+    a = np.flatnonzero(new)
+    b = np.append(a[1:], len(m)) - 1 if len(a) else a
+    full = np.flatnonzero(band_count == 0)
+    r = run[a]
+    return (
+        np.concatenate([tile[full], tile[r]]),
+        np.concatenate([begin[full], m[a]]),
+        np.concatenate([end[full], m[b] + 1]),
+        np.concatenate([band_begin[full], band_begin[r]]),
+        np.concatenate([band_count[full], band_count[r] | number[a] << 16]),
+    )
+
+
+def _visits(tile: IntArray, begin: IntArray, end: IntArray, number: IntArray, q_tiles: int) -> tuple[IntArray, IntArray]:
+    """(offsets (q_tiles + 1), intervals of key tiles (n, 2)) per query tile, linear in the number of intervals.
+
+    Per pass number, the cover of key tile n less that of key tile n - 1 tells at which query tiles an interval of key tiles
+    begins (+1) or ends (-1). Runs of one pass number do not overlap.
+    """
+    found = []
+    for layer in np.unique(number):
+        t, a, b = (x[number == layer] for x in (tile, begin, end))
+        at = np.concatenate([t, t, t + 1, t + 1])
+        m = np.concatenate([a, b, a, b])
+        change = np.concatenate([a * 0 + 1, a * 0 - 1, a * 0 - 1, a * 0 + 1])
+        order = np.lexsort((m, at))
+        at, m, level = at[order], m[order], np.cumsum(change[order])
+        segment = np.flatnonzero((level[:-1] != 0) & (m[1:] > m[:-1]) & (at[1:] == at[:-1]))
+        q, i = tiles._ranges(m[segment], m[segment + 1])
+        n, sign = at[segment][i], level[segment][i]
+        order = np.lexsort((n, q))
+        q, n, sign = q[order], n[order], sign[order]
+        assert (sign[::2] == 1).all() and (sign[1::2] == -1).all(), "intervals of key tiles begin and end in turn"
+        found.append(np.stack([q[::2], n[::2], n[1::2]], axis=1))
+    visits = np.concatenate(found) if found else np.zeros((0, 3), dtype=np.int64)
+    visits = visits[np.argsort(visits[:, 0], kind="stable")]
+    offsets = np.searchsorted(visits[:, 0], np.arange(q_tiles + 1))
+    return offsets, visits[:, 1:]

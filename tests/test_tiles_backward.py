@@ -1,0 +1,116 @@
+"""The backward's work list as arithmetic: every visible pair once, no empty step, turns that number the visits."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from ringflash.kernels.tiles_backward import FAR, Shape, WorkList, work_list
+from ringflash.slices import UNBOUNDED, Slices
+
+ROWS, KEYS = 64, 128
+RECTANGLE = (0, 300, 0, 500, -UNBOUNDED, UNBOUNDED)
+CASES = {
+    "full, tails on both sides": [RECTANGLE],
+    "full, no tail": [(0, 256, 0, 512, -UNBOUNDED, UNBOUNDED)],
+    "causal": [(0, 700, 0, 700, -UNBOUNDED, 0)],
+    "causal, keys longer": [(0, 300, 0, 500, -UNBOUNDED, 200)],
+    "window": [(0, 900, 0, 900, -129, 0)],
+    "window of one key": [(0, 900, 0, 900, 0, 0)],
+    "documents, borders inside tiles": [(a, b, a, b, -UNBOUNDED, 0) for a, b in ((0, 70), (70, 71), (71, 300), (300, 600))],
+    "prefix and causal: two passes over a tile": [(0, 600, 0, 100, -UNBOUNDED, UNBOUNDED), (0, 600, 100, 600, -UNBOUNDED, 0)],
+    "sink keys and window: two passes": [(0, 600, 0, 4, -UNBOUNDED, -90), (0, 600, 0, 600, -89, 0)],
+    "rows that see nothing": [(100, 200, 0, 300, -UNBOUNDED, UNBOUNDED)],
+    "blocks": [
+        (0, 64, 128, 256, -UNBOUNDED, UNBOUNDED),
+        (64, 128, 0, 128, -UNBOUNDED, UNBOUNDED),
+        (64, 192, 256, 300, -9999, 9999),
+    ],
+    "one pair": [(5, 6, 7, 8, -UNBOUNDED, UNBOUNDED)],
+    "nothing": [],
+}
+
+
+def visible(rows: list[tuple[int, ...]], q_len: int, k_len: int) -> np.ndarray:
+    i, j = np.arange(q_len)[:, None], np.arange(k_len)[None, :]
+    seen = np.zeros((q_len, k_len), dtype=int)
+    for q0, q1, k0, k1, lo, hi in rows:
+        seen += (i >= q0) & (i < q1) & (j >= k0) & (j < k1) & (j - i >= lo) & (j - i <= hi)
+    return seen
+
+
+def covered(work: WorkList, shape: Shape) -> np.ndarray:
+    """How often each (batch, head, query, key) is computed."""
+    count = np.zeros((shape.batch, shape.heads, shape.q_len, shape.k_len), dtype=int)
+    group = shape.heads // shape.kv_heads
+    for run_begin, run_end, first_key, batch, kv_head, head_begin, head_end, tile in work.items.tolist():
+        assert run_end > run_begin and head_end > head_begin, "an item is never empty"
+        assert first_key == tile * shape.keys and kv_head == head_begin // group == (head_end - 1) // group
+        key = np.arange(first_key, first_key + shape.keys)[None, :]
+        for begin, end, band_begin, bands in work.runs[run_begin:run_end].tolist():
+            assert end > begin
+            for m in range(begin, end):
+                query = np.arange(m * shape.rows, (m + 1) * shape.rows)[:, None]
+                seen = np.zeros((shape.rows, shape.keys), dtype=int)
+                if bands & 0xFFFF == 0:
+                    assert key.max() < shape.k_len, "keys past the end are masked"
+                    seen += 1
+                users = np.zeros(shape.keys, dtype=int)
+                for r0, r1, c0, c1, lo, hi, *_ in work.bands[band_begin : band_begin + (bands & 0xFFFF)].tolist():
+                    users += ((key >= r0) & (key < r1))[0]
+                    seen += (key >= r0) & (key < r1) & (query >= c0) & (query < c1) & (query - key >= lo) & (query - key <= hi)
+                assert users.max(initial=0) <= 1, "bands of one pass share no key: one interval per key"
+                inside = seen[: shape.q_len - m * shape.rows, : shape.k_len - first_key]
+                assert inside.any(), "no step is empty"
+                where = np.s_[
+                    batch, head_begin:head_end, m * shape.rows : (m + 1) * shape.rows, first_key : first_key + shape.keys
+                ]
+                count[where] += inside
+    return count
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("heads", "kv_heads", "batch", "ctas"), [(1, 1, 1, 4), (4, 1, 2, 3), (6, 2, 1, 132)])
+def test_every_visible_pair_is_computed_once(
+    name: str, deterministic: bool, heads: int, kv_heads: int, batch: int, ctas: int
+) -> None:
+    rows = CASES[name]
+    q_len, k_len = max((r[1] for r in rows), default=10), max((r[3] for r in rows), default=10)
+    shape = Shape(q_len, k_len, batch, heads, kv_heads, 128, ROWS, KEYS, ctas)
+    work = work_list(Slices.from_rows(rows), shape, deterministic)
+    expected = np.broadcast_to(visible(rows, q_len, k_len), (batch, heads, q_len, k_len))
+    np.testing.assert_array_equal(covered(work, shape), expected)
+    assert abs(work.bands).max(initial=0) <= 2 * FAR
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_turns_number_the_visits_of_a_query_tile_in_the_order_of_the_list(name: str) -> None:
+    rows = CASES[name]
+    q_len, k_len = max((r[1] for r in rows), default=10), max((r[3] for r in rows), default=10)
+    shape = Shape(q_len, k_len, 1, 2, 1, 128, ROWS, KEYS, 132)
+    work = work_list(Slices.from_rows(rows), shape, True)
+    assert work.visits is not None and work.visit_offsets is not None
+    done = np.zeros(-(-q_len // ROWS), dtype=int)
+    for run_begin, run_end, *_, tile in work.items.tolist():
+        for begin, end, _, bands in work.runs[run_begin:run_end].tolist():
+            for m in range(begin, end):
+                intervals = work.visits[work.visit_offsets[m] : work.visit_offsets[m + 1]]
+                turn = (bands >> 16) + sum(max(b - max(a, tile + 1), 0) for a, b in intervals.tolist())
+                assert turn == done[m]
+                done[m] += 1
+
+
+def test_the_visits_of_a_long_causal_sequence_are_linear_in_its_length() -> None:
+    n = 1 << 17
+    shape = Shape(n, n, 1, 1, 1, 128, ROWS, KEYS, 132)
+    work = work_list(Slices.causal(n, n), shape, True)
+    assert work.visits is not None and len(work.visits) == n // ROWS
+    assert len(work.runs) <= 3 * n // KEYS
+
+
+def test_long_items_come_first_and_the_end_of_the_list_is_divided() -> None:
+    shape = Shape(16384, 16384, 1, 16, 16, 128, ROWS, KEYS, 132)
+    work = work_list(Slices.full_rectangle(16384, 16384), shape, False)
+    steps = [int((work.runs[a:b, 1] - work.runs[a:b, 0]).sum()) for a, b in work.items[:, :2]]
+    assert steps[0] == 256 and steps[-1] <= 8 and sum(steps) == 16 * 128 * 256
