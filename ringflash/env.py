@@ -32,8 +32,9 @@ LIBRARY = Variable("RINGFLASH_LIBRARY", "", "path of libringflash_cuda.so, inste
 TIMEOUT_S = Variable("RINGFLASH_TIMEOUT_S", "300", "seconds after which a rank that does not answer is reported as lost")
 CUDA = Variable("RINGFLASH_CUDA", "AUTO", "when building: AUTO builds the CUDA library if nvcc is there, ON insists, OFF never")
 CUDA_ARCHS = Variable("RINGFLASH_CUDA_ARCHS", "80;90a-real", "when building: CUDA architectures, as CMake spells them")
+TABLES = Variable("RINGFLASH_TABLES", "~/.cache/ringflash/tables.json", "what `ringflash bench` measured, for `ringflash plan`")
 
-VARIABLES = (LOG, LIBRARY, TIMEOUT_S, CUDA, CUDA_ARCHS)
+VARIABLES = (LOG, LIBRARY, TIMEOUT_S, TABLES, CUDA, CUDA_ARCHS)
 
 
 def value(variable: Variable) -> str:
@@ -84,6 +85,11 @@ def timeout_s() -> float:
     if not (math.isfinite(seconds) and seconds > 0):
         raise ValueError(f"{TIMEOUT_S.name}={text}; give a positive number of seconds, for example {TIMEOUT_S.default}")
     return seconds
+
+
+def tables_path() -> Path:
+    """The file of ``RINGFLASH_TABLES``; it need not exist."""
+    return Path(value(TABLES)).expanduser()
 
 
 def _nvcc() -> str:

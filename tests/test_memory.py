@@ -1,0 +1,177 @@
+"""The memory walk against the running code: the same loops, with every storage they make counted."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ringflash.autograd import Job, backward_loop, forward_loop
+from ringflash.mask import Mask
+from ringflash.parallel.context import SimulatedWorld
+from ringflash.parallel.memory import Peak, Shape, backward_peak, forward_peak
+from ringflash.parallel.plan import Plan
+from ringflash.parallel.transport import Label, Message
+
+SMALL = 1 << 12
+"""Index tensors and the like, which the walk leaves out."""
+
+
+class Storages(TorchDispatchMode):
+    """Counts the bytes of all storages made inside that are still alive, and remembers the most there ever were."""
+
+    def __init__(self, *given: Tensor | None) -> None:
+        super().__init__()
+        self.alive: dict[int, int] = {}
+        self.most = 0
+        for x in given:
+            if x is not None:
+                self._count(x)
+        self.most = sum(self.alive.values())
+
+    def _count(self, x: Tensor) -> None:
+        storage = x.untyped_storage()
+        key = storage.data_ptr()
+        if storage.nbytes() and key not in self.alive:
+            self.alive[key] = storage.nbytes()
+            weakref.finalize(storage, self.alive.pop, key)
+            self.most = max(self.most, sum(self.alive.values()))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for x in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(x, Tensor):
+                self._count(x)
+        return result
+
+
+class Idle:
+    """A kernel that allocates what the protocol says and computes nothing."""
+
+    name = "idle"
+
+    def refuses(self, problem: object) -> str | None:
+        return None
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, slices: object, *, carry: Any = None, finish: bool = True, **_: Any
+    ) -> Any:
+        if carry is None:
+            dtype = q.dtype if finish else torch.float32
+            out = torch.empty(*q.shape[:3], v.shape[3], dtype=dtype)
+            return out, torch.empty(q.shape[0], q.shape[2], q.shape[1])
+        return (carry[0].to(q.dtype) if finish else carry[0]), carry[1]
+
+    def backward(self, *args: object, **kwargs: object) -> None:
+        return None
+
+
+class Nowhere:
+    """A transport whose messages stay where they are; like the real ones it holds them until the wait."""
+
+    name = "nowhere"
+    collective = False
+
+    def post(self, label: Label, sends: Sequence[Message], receives: Sequence[Message]) -> Held:
+        return Held([*sends, *receives])
+
+
+class Held:
+    def __init__(self, messages: list[Message]) -> None:
+        self.messages = messages
+
+    def wait(self) -> None:
+        self.messages = []
+
+
+def run_out(loop: Any) -> Any:
+    while True:
+        try:
+            next(loop)
+        except StopIteration as stop:
+            return stop.value
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    mask: Mask
+    schedule: str
+    world: int = 4
+    layout: str = "zigzag"
+    ulysses: int = 1
+    inner: int | None = None
+    seqlen: int = 512
+    batch: int = 2
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 16
+    head_dim_v: int = 24
+    dtype: torch.dtype = torch.bfloat16
+    sinks: bool = False
+    dlse: bool = False
+
+    @property
+    def shape(self) -> Shape:
+        return Shape(self.batch, self.head_dim, self.head_dim_v, self.dtype.itemsize)
+
+    def plan(self, rank: int) -> Plan:
+        world = SimulatedWorld(self.world, self.layout, self.schedule, ulysses=self.ulysses, inner=self.inner).for_mask(self.mask)
+        return world.plan(rank, self.mask, self.seqlen, self.seqlen, self.heads, self.kv_heads)
+
+
+CASES = [
+    Case("one rank, one call", Mask.causal(), "ring", world=1),
+    Case("ring: two stages at a time", Mask.causal(), "ring"),
+    Case("ring in float32: no casts", Mask.causal(), "ring", dtype=torch.float32),
+    Case("all-gather: one large stage", Mask.full(), "allgather"),
+    Case("staged", Mask.full(), "staged:2", world=6),
+    Case("a window: parts of chunks, some ranks ask nobody", Mask.causal(window=48), "ring", layout="contiguous"),
+    Case("documents: several ranges a chunk", Mask.documents([70, 0, 130, 40, 272]), "ring", layout="balanced"),
+    Case("double ring: stages stay to be passed on", Mask.full(), "double_ring", world=8, inner=4),
+    Case("dilated: views, so a running state from the start", Mask.dilated(4), "ring"),
+    Case("sinks: a running state from the start", Mask.causal(), "ring", sinks=True),
+    Case("dlse", Mask.causal(), "ring", dlse=True),
+    Case("Ulysses", Mask.causal(), "ulysses", dlse=True),
+    Case("Ulysses, batch 1: rows leave without a copy", Mask.causal(), "ulysses", batch=1),
+    Case("hybrid, more ranks than key heads: shared ones", Mask.causal(), "hybrid", world=8, ulysses=4),
+    Case(
+        "hybrid, heads not divisible: keys laid out per query head",
+        Mask.full(),
+        "hybrid",
+        world=4,
+        ulysses=2,
+        heads=6,
+        kv_heads=3,
+    ),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_the_walk_counts_what_the_loops_allocate(case: Case) -> None:
+    for rank in range(case.world):
+        plan = case.plan(rank)
+        job = Job(plan, Idle(), Nowhere(), 1.0, 0.0, False)  # type: ignore[arg-type]
+        own_q, own_k = plan.q_lengths[plan.member], plan.k_lengths[plan.member]
+        q = torch.zeros(case.batch, own_q, case.heads, case.head_dim, dtype=case.dtype)
+        k = torch.zeros(case.batch, own_k, case.kv_heads, case.head_dim, dtype=case.dtype)
+        v = torch.zeros(case.batch, own_k, case.kv_heads, case.head_dim_v, dtype=case.dtype)
+        sinks = torch.zeros(case.heads) if case.sinks else None
+        with Storages(q, k, v) as counted:
+            _, _, saved = run_out(forward_loop(job, q, k, v, sinks))
+        agree(forward_peak(plan, case.shape, case.sinks), counted.most)
+        dout = torch.zeros(case.batch, own_q, case.heads, case.head_dim_v, dtype=case.dtype)
+        dlse = torch.zeros(case.batch, case.heads, own_q) if case.dlse else None
+        with Storages(*saved.tensors()[:5], dout, dlse) as counted:
+            run_out(backward_loop(job, saved, dout, dlse))
+        agree(backward_peak(plan, case.shape, case.dlse), counted.most)
+
+
+def agree(peak: Peak, counted: int) -> None:
+    assert abs(peak.total - counted) <= SMALL, (counted, peak)
