@@ -16,7 +16,7 @@ from ringflash import env
 from ringflash.mask import Documents, Mask
 from ringflash.parallel.agree import Agreement
 from ringflash.parallel.layout import KINDS, Layout, make_layout
-from ringflash.parallel.plan import Plan, PlanKey, Schedule, make_plan, make_schedule
+from ringflash.parallel.plan import MAX_GAP, Plan, PlanKey, Schedule, make_plan, make_schedule
 from ringflash.parallel.transport import Transport
 from ringflash.parallel.transport.allgather import AllGather
 from ringflash.parallel.transport.alltoall import AllToAll
@@ -42,6 +42,7 @@ class Sharding:
         self.mask: Mask | None = None
         self.lengths: tuple[int, int] | None = None  # set by for_lengths
         self.last_seqlen: int | None = None  # of the last shard or position_ids
+        self.trim, self.max_gap = True, MAX_GAP  # see PlanKey
         make_schedule(schedule, world, ulysses, inner)  # raises early
 
     def layout_of(self, seqlen: int) -> Layout:
@@ -59,11 +60,12 @@ class Sharding:
             spec = "allgather" if seqlen // self.world < SHORT_CHUNK else "ring"
         return make_schedule(spec, self.world, self.ulysses, self.inner)
 
-    def plan(self, rank: int, mask: Mask, q_len: int, k_len: int, heads: int, kv_heads: int, trim: bool = True) -> Plan:
+    def plan(self, rank: int, mask: Mask, q_len: int, k_len: int, heads: int, kv_heads: int) -> Plan:
         """The plan of one rank for global lengths and head counts. Cached."""
         q_layout = self.layout_of(q_len)
         k_layout = q_layout if k_len == q_len else self.layout_of(k_len)
-        return make_plan(PlanKey(mask, q_layout, k_layout, self.schedule_of(k_len), heads, kv_heads, rank, trim))
+        schedule = self.schedule_of(k_len)
+        return make_plan(PlanKey(mask, q_layout, k_layout, schedule, heads, kv_heads, rank, self.trim, self.max_gap))
 
     def _bound(self, mask: Mask | None) -> Mask:
         """The mask of a call: the given one, or the one this view was made for."""
@@ -125,17 +127,13 @@ class ContextParallel(Sharding):
         if transport == "allgather" and not (schedule == "allgather" and plain.ulysses == 1):
             raise ValueError(f'transport "allgather" brings all chunks at once: it needs schedule="allgather" without ulysses, got {plain}')
         self.transport_name = "p2p" if transport == "auto" else transport
+        self.trim = self.transport_name != "allgather"  # which sends everybody the same
         self.timeout_s = float(env.timeout_s() if timeout_s is None else timeout_s)
         if self.timeout_s <= 0:
             raise ValueError(f"timeout_s must be positive, got {timeout_s}")
         self.agreement = Agreement(self.group, self.timeout_s)
         self.agreed: dict[Any, Any] = {}  # what attention has verified with the other ranks, by its arguments
         self._transports: dict[torch.device, Transport] = {}
-
-    @property
-    def trim(self) -> bool:
-        """Whether only the needed rows of a chunk travel."""
-        return self.transport_name != "allgather"
 
     def transport(self, device: torch.device) -> Transport:
         """The transport for tensors of a device."""

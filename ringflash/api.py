@@ -125,7 +125,7 @@ def _prepare(call: Call, cp: ContextParallel) -> tuple[Plan, Kernel]:
     try:
         q_len, k_len = cp.global_lengths(call.q_shape[1], call.k_shape[1])
         call.mask.check(q_len, k_len)
-        plan = cp.plan(cp.rank, call.mask, q_len, k_len, call.q_shape[2], call.k_shape[2], cp.trim)
+        plan = cp.plan(cp.rank, call.mask, q_len, k_len, call.q_shape[2], call.k_shape[2])
         for name, local, layout in (("q", call.q_shape[1], plan.key.q_layout), ("k and v", call.k_shape[1], plan.key.k_layout)):
             if local != layout.lengths[cp.rank]:
                 raise ValueError(

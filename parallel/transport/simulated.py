@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -11,23 +11,31 @@ from ringflash.parallel.transport import Label, Message, Pending
 
 
 class Mailbox:
-    """Messages between the ranks of a simulated world: first in, first out per pair."""
+    """Messages between the ranks of a simulated world. The n-th receive posted for a pair of ranks gets the n-th message sent."""
 
     def __init__(self) -> None:
-        self._letters: dict[tuple[int, int], deque[Tensor]] = {}
-        self.bytes_sent: dict[tuple[int, int], int] = {}
+        self._letters: dict[tuple[int, int, int], Tensor] = {}
+        self._sent: Counter[tuple[int, int]] = Counter()
+        self._asked: Counter[tuple[int, int]] = Counter()
+        self.bytes_sent: Counter[tuple[int, int]] = Counter()
 
     def put(self, source: int, dest: int, tensor: Tensor) -> None:
         # A copy, as a real wire makes: what the sender does to its buffer afterwards must not be seen.
-        self._letters.setdefault((source, dest), deque()).append(tensor.clone())
-        self.bytes_sent[source, dest] = self.bytes_sent.get((source, dest), 0) + tensor.numel() * tensor.element_size()
+        self._letters[source, dest, self._sent[source, dest]] = tensor.clone()
+        self._sent[source, dest] += 1
+        self.bytes_sent[source, dest] += tensor.numel() * tensor.element_size()
 
-    def take(self, source: int, dest: int) -> Tensor:
-        return self._letters[source, dest].popleft()
+    def reserve(self, source: int, dest: int) -> tuple[int, int, int]:
+        """The next message of a pair, to be taken later: messages are matched when receives are posted, not when they are waited for."""
+        self._asked[source, dest] += 1
+        return source, dest, self._asked[source, dest] - 1
+
+    def take(self, ticket: tuple[int, int, int]) -> Tensor:
+        return self._letters.pop(ticket)
 
     def assert_empty(self) -> None:
         """Every message was read: what one rank sends is what another expects."""
-        assert not any(self._letters.values()), {pair: len(box) for pair, box in self._letters.items() if box}
+        assert not self._letters, sorted(self._letters)
 
 
 class Simulated:
@@ -43,15 +51,15 @@ class Simulated:
         for message in sends:
             assert message.tensor.is_contiguous(), label
             self.mailbox.put(self.rank, message.peer, message.tensor)
-        return _Letters(self.mailbox, self.rank, receives)
+        return _Letters(self.mailbox, [(self.mailbox.reserve(m.peer, self.rank), m.tensor) for m in receives])
 
 
 class _Letters:
-    def __init__(self, mailbox: Mailbox, rank: int, receives: Sequence[Message]) -> None:
-        self.mailbox, self.rank, self.receives = mailbox, rank, receives
+    def __init__(self, mailbox: Mailbox, expected: list[tuple[tuple[int, int, int], Tensor]]) -> None:
+        self.mailbox, self.expected = mailbox, expected
 
     def wait(self) -> None:
-        for message in self.receives:
-            letter = self.mailbox.take(message.peer, self.rank)
-            assert letter.shape == message.tensor.shape and letter.dtype == message.tensor.dtype
-            message.tensor.copy_(letter)
+        for ticket, tensor in self.expected:
+            letter = self.mailbox.take(ticket)
+            assert letter.shape == tensor.shape and letter.dtype == tensor.dtype
+            tensor.copy_(letter)

@@ -1,0 +1,170 @@
+"""The peers that bench_ring measures beside ringflash: one function each, (q, k, v) of this rank -> out, differentiable by autograd.
+
+Every peer gets the same local tensors (1, S / world, H, D) and is run by its own public entry. ring-flash-attn imports
+flash-attn 2's private functions; where flash-attn is not installed, the same kernels as shipped with torch stand in for them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+CUDNN, FLASH = SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, backend: SDPBackend, causal: bool = True) -> Tensor:
+    """torch's scaled_dot_product_attention on (B, S, H, D) tensors, with one backend."""
+    with sdpa_kernel(backend):
+        out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=causal, enable_gqa=True)
+    return out.transpose(1, 2)
+
+
+class _AllToAll(torch.autograd.Function):
+    """Heads for sequence (gather=True) or back, with one all_to_all_single."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gather: bool) -> Tensor:
+        ctx.gather, world = gather, dist.get_world_size()
+        _, s, n, d = x.shape
+        if gather:
+            y = x.view(s, world, n // world, d).transpose(0, 1).contiguous()
+            z = torch.empty_like(y)
+            dist.all_to_all_single(z, y)
+            return z.view(1, world * s, n // world, d)
+        y = x.contiguous().view(world, s // world, n, d)
+        z = torch.empty_like(y)
+        dist.all_to_all_single(z, y)
+        return z.transpose(0, 1).contiguous().view(1, s // world, n * world, d)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _AllToAll.apply(grad.contiguous(), not ctx.gather), None  # type: ignore[no-untyped-call]
+
+
+def ulysses(backend: SDPBackend) -> Attention:
+    """DeepSpeed Ulysses written with torch: all-to-all, one device's attention, all-to-all."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (_AllToAll.apply(x, True) for x in (q, k, v))  # type: ignore[no-untyped-call]
+        return _AllToAll.apply(sdpa(q, k, v, backend), False)  # type: ignore[no-untyped-call, no-any-return]
+
+    return attend
+
+
+def ring_flash_attn(kernels: str) -> Attention:
+    """zigzag_ring_flash_attn_func of the package ring-flash-attn, on torch's FlashAttention-2 or the user's FlashAttention-4."""
+    if importlib.util.find_spec("ring_flash_attn") is None:
+        raise RuntimeError("ring-flash-attn is not installed: pip install ring-flash-attn")
+    stand_in = types.ModuleType("flash_attn.flash_attn_interface")
+    stand_in.__dict__.update(_flash_attn_2(kernels))
+    parent = sys.modules.get("flash_attn") or types.ModuleType("flash_attn")
+    sys.modules.setdefault("flash_attn", parent)
+    sys.modules["flash_attn.flash_attn_interface"] = stand_in
+    parent.__dict__.setdefault("flash_attn_interface", stand_in)
+    # Its __init__ imports the internals of one version of transformers; the module itself needs none of them.
+    spec = importlib.util.find_spec("ring_flash_attn")
+    assert spec is not None and spec.submodule_search_locations is not None
+    for name in [m for m in sys.modules if m.startswith("ring_flash_attn")]:
+        del sys.modules[name]
+    package = types.ModuleType("ring_flash_attn")
+    package.__path__ = list(spec.submodule_search_locations)
+    sys.modules["ring_flash_attn"] = package
+    zigzag = importlib.import_module("ring_flash_attn.zigzag_ring_flash_attn").zigzag_ring_flash_attn_func
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = zigzag(q, k, v, causal=True)
+        return out[0] if isinstance(out, tuple) else out  # type: ignore[no-any-return]
+
+    return attend
+
+
+def _flash_attn_2(kernels: str) -> dict[str, Callable[..., Any]]:
+    """flash-attn 2's private forward and backward over other kernels: "fa2" (torch's) or "fa4" (flash_attn.cute)."""
+    if kernels == "fa4":
+        from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
+
+    def forward(q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0, softmax_scale: float | None = None, causal: bool = False,
+                window_size_left: int = -1, window_size_right: int = -1, softcap: float = 0.0, alibi_slopes: Tensor | None = None,
+                return_softmax: bool = False) -> tuple[Any, ...]:  # fmt: skip
+        if kernels == "fa4":
+            result = _flash_attn_fwd(q, k, v, softmax_scale=softmax_scale, causal=causal, return_lse=True)
+            return result[0], result[1], None, None
+        result = torch.ops.aten._flash_attention_forward(
+            q, k, v, None, None, q.shape[1], k.shape[1], dropout_p, causal, False, scale=softmax_scale
+        )
+        return result[0], result[1], None, None
+
+    def backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, softmax_lse: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
+                 dropout_p: float = 0.0, softmax_scale: float | None = None, causal: bool = False, window_size_left: int = -1,
+                 window_size_right: int = -1, softcap: float = 0.0, alibi_slopes: Tensor | None = None, deterministic: bool = False,
+                 rng_state: Tensor | None = None) -> None:  # fmt: skip
+        if kernels == "fa4":
+            inputs = (x.contiguous() for x in (q, k, v, out, dout, softmax_lse))
+            grads = _flash_attn_bwd(*inputs, softmax_scale=softmax_scale, causal=causal)
+        else:
+            seed = torch.zeros(2, dtype=torch.uint64, device=q.device)
+            grads = torch.ops.aten._flash_attention_backward(
+                dout, q, k, v, out, softmax_lse, None, None, q.shape[1], k.shape[1], dropout_p, causal, seed, seed[0], scale=softmax_scale
+            )
+        for target, grad in zip((dq, dk, dv), grads, strict=False):
+            target.copy_(grad)
+
+    def varlen(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("the benchmark does not use variable lengths")
+
+    return {
+        "_flash_attn_forward": forward,
+        "_flash_attn_backward": backward,
+        "_flash_attn_varlen_forward": varlen,
+        "_flash_attn_varlen_backward": varlen,
+    }
+
+
+def torch_context_parallel(rotate: str, backend: SDPBackend) -> Attention:
+    """torch.distributed's experimental context_parallel; it wants key heads repeated and computes backward inside its context."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.experimental import context_parallel
+    from torch.distributed.tensor.experimental._attention import set_rotate_method
+
+    world = dist.get_world_size()
+    mesh = init_device_mesh("cuda", (world,))
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        set_rotate_method(rotate)
+        buffer = torch.zeros(1, 2 * world * world, device=q.device)
+        context = context_parallel(mesh, buffers=[buffer], buffer_seq_dims=[1])
+        context.__enter__()  # left by leave(), after the backward pass
+        _open_contexts.append(context)
+        k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))
+        return sdpa(q, k, v, backend)
+
+    return attend
+
+
+_open_contexts: list[Any] = []
+
+
+def leave() -> None:
+    """Closes what a peer left open until after its backward pass."""
+    while _open_contexts:
+        _open_contexts.pop().__exit__(None, None, None)
+
+
+PEERS: dict[str, Callable[[], Attention]] = {
+    "ulysses_cudnn": lambda: ulysses(CUDNN),
+    "ring_flash_attn_fa2": lambda: ring_flash_attn("fa2"),
+    "ring_flash_attn_fa4": lambda: ring_flash_attn("fa4"),
+    "torch_cp_allgather_cudnn": lambda: torch_context_parallel("allgather", CUDNN),
+    "torch_cp_allgather_fa2": lambda: torch_context_parallel("allgather", FLASH),
+}
