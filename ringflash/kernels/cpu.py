@@ -50,7 +50,7 @@ WIDE = 4096
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def parts(s: Slice) -> Iterator[Slice]:
+def _parts_of(s: Slice) -> Iterator[Slice]:
     """The Slice as disjoint ones that take one call each: full, causal squares, and small enough to be masked."""
     if is_full(s) or is_causal_square(s) or (s.q1 - s.q0) * (s.k1 - s.k0) <= SMALL:
         yield s
@@ -82,8 +82,8 @@ def _inside_and_edges(block: Slice) -> Iterator[Slice]:
 
 
 @lru_cache(maxsize=256)
-def _parts(s: Slice) -> tuple[Slice, ...]:
-    return tuple(parts(s))
+def parts(s: Slice) -> tuple[Slice, ...]:
+    return tuple(_parts_of(s))
 
 
 @lru_cache(maxsize=8)
@@ -177,7 +177,7 @@ class Cpu:
             q_run, k_run, v_run = tiles.of_run(s, n)
             # A single Slice goes straight into the state, a batch of them first into a state of its own.
             batch_state = None if n == 1 else Running((len(q_run), q_run.shape[2], q.shape[2], v.shape[3]), q_run.dtype, q.device)
-            for part in _parts(_at_origin(s)):
+            for part in parts(_at_origin(s)):
                 rows, keys = slice(part.q0, part.q1), slice(part.k0, part.k1)
                 is_causal, mask = _mask_arguments(part, q_run.dtype)
                 out, lse = _forward(
@@ -226,7 +226,7 @@ class Cpu:
         for s, n in repeats(slices):
             q_run, k_run, v_run = tiles.of_run(s, n)
             dout_run, out_run, lse_run = (_tiled(x, s.q0, s.q1 - s.q0, n) for x in (dout, out, lse.unsqueeze(-1)))
-            for part in _parts(_at_origin(s)):
+            for part in parts(_at_origin(s)):
                 rows, keys = slice(part.q0, part.q1), slice(part.k0, part.k1)
                 is_causal, mask = _mask_arguments(part, q_run.dtype)
                 dq_part, dk_part, dv_part = _backward(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -177,7 +178,7 @@ def run_kernel(
         delta = delta - inputs.dlse
     dq, dk, dv = (torch.zeros(x.shape, dtype=lse.dtype, device=x.device) for x in (q, k, v))
     given = out if inputs.dlse is None else None
-    options = {"scale": scale, "softcap": softcap, "deterministic": deterministic}
+    backward = partial(kernel.backward, scale=scale, softcap=softcap, deterministic=deterministic, dq=dq, dk=dk, dv=dv)
     for slices in steps:
-        kernel.backward(dout, q, k, v, given, lse, delta, slices, **options, dq=dq, dk=dk, dv=dv)
+        backward(dout, q, k, v, given, lse, delta, slices)
     return Results(out, lse, dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None)
