@@ -64,7 +64,10 @@ def ulysses(backend: SDPBackend) -> Attention:
 
 def ring_flash_attn(kernels: str) -> Attention:
     """zigzag_ring_flash_attn_func of the package ring-flash-attn, on torch's FlashAttention-2 or the user's FlashAttention-4."""
-    if importlib.util.find_spec("ring_flash_attn") is None:
+    for name in [m for m in sys.modules if m.split(".")[0] == "ring_flash_attn"]:
+        del sys.modules[name]  # it binds its kernels at import
+    spec = importlib.util.find_spec("ring_flash_attn")
+    if spec is None or spec.submodule_search_locations is None:
         raise RuntimeError("ring-flash-attn is not installed: pip install ring-flash-attn")
     stand_in = types.ModuleType("flash_attn.flash_attn_interface")
     stand_in.__dict__.update(_flash_attn_2(kernels))
@@ -73,10 +76,6 @@ def ring_flash_attn(kernels: str) -> Attention:
     sys.modules["flash_attn.flash_attn_interface"] = stand_in
     parent.__dict__.setdefault("flash_attn_interface", stand_in)
     # Its __init__ imports the internals of one version of transformers; the module itself needs none of them.
-    spec = importlib.util.find_spec("ring_flash_attn")
-    assert spec is not None and spec.submodule_search_locations is not None
-    for name in [m for m in sys.modules if m.startswith("ring_flash_attn")]:
-        del sys.modules[name]
     package = types.ModuleType("ring_flash_attn")
     package.__path__ = list(spec.submodule_search_locations)
     sys.modules["ring_flash_attn"] = package
