@@ -22,13 +22,13 @@ def _option(default: Any, meaning: str) -> Any:
 @dataclass
 class ModelConfig:
     layers: int = _option(2, "transformer blocks")
-    dim: int = _option(128, "width of the residual stream")
+    dim: int = _option(192, "width of the residual stream")
     heads: int = _option(4, "query heads")
     kv_heads: int = _option(2, "key/value heads; divides heads")
     head_dim: int = _option(32, "width of one head; even")
-    ffn_dim: int = _option(352, "width of the SwiGLU feed-forward")
+    ffn_dim: int = _option(512, "width of the SwiGLU feed-forward")
     windows: list[int] = field(
-        default_factory=lambda: [0],
+        default_factory=lambda: [512, 0],
         metadata={"help": "attention windows of the layers, repeated over the depth; 0 sees everything"},
     )
     rope_base: float = _option(10000.0, "base of the rotary frequencies")
@@ -45,8 +45,8 @@ class DataConfig:
 
 @dataclass
 class OptimizerConfig:
-    lr: float = _option(6e-3, "peak learning rate of AdamW")
-    warmup: int = _option(5, "steps of linear warm-up")
+    lr: float = _option(4e-3, "peak learning rate of AdamW")
+    warmup: int = _option(3, "steps of linear warm-up")
     final_lr: float = _option(0.1, "learning rate at the end of the cosine, as a share of the peak")
     beta1: float = _option(0.9, "decay of the first moment")
     beta2: float = _option(0.95, "decay of the second moment")
@@ -67,7 +67,7 @@ class ParallelConfig:
 @dataclass
 class EvaluationConfig:
     every: int = _option(20, "steps between validations")
-    sequences: int = _option(1, "validation sequences, always the same ones")
+    sequences: int = _option(2, "validation sequences, always the same ones")
 
 
 @dataclass

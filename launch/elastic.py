@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import os
 import signal
 import sys
@@ -12,6 +13,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +40,7 @@ def launch(ranks: int, arguments: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # its tables repeat what is said below
+    logging.disable(logging.ERROR)  # torch's own lines and tables repeat what is said below
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, world.cores() // ranks)))
     with tempfile.TemporaryDirectory(prefix="ringflash-") as folder:
         settings: dict[str, Any] = {
@@ -57,38 +59,51 @@ def launch(ranks: int, arguments: Sequence[str]) -> int:
         try:
             elastic_launch(LaunchConfig(**settings), sys.executable)("-u", "-c", _ENTRY, *arguments)
         except SignalException as stop:
-            if not any(e["kind"] == "Stopped" for e in _errors(Path(folder)).values()):
+            if not any(word.kind == "Stopped" for word in _last_words(Path(folder)).values()):
                 say("interrupted before the first step; nothing was saved")
             return 128 + int(stop.sigval)
         except ChildFailedError as failed:
-            codes = {rank: failure.exitcode for rank, failure in failed.failures.items()}
-            pids = {rank: failure.pid for rank, failure in failed.failures.items()}
-            return _explain(codes, pids, _errors(Path(folder)))
+            return _explain(failed.failures, _last_words(Path(folder)))
+        finally:
+            logging.disable(logging.NOTSET)
     return 0
 
 
-def _explain(codes: dict[int, int], pids: dict[int, int], errors: dict[int, dict[str, str]]) -> int:
-    """Print one line about the rank that began it and return the exit code of the job."""
+def _explain(failures: dict[int, Any], words: dict[int, LastWord]) -> int:
+    """Print one line about the rank that began it and return the exit code of the job. ``failures`` are torch's, by rank."""
+    codes = {rank: failure.exitcode for rank, failure in failures.items()}
     stopped = [code for code in codes.values() if code in _STOPPED]
-    if stopped and all(e["kind"] == "Stopped" for e in errors.values()):
-        return stopped[0]
-    killed = [
-        rank for rank, code in codes.items() if code < 0 and code != -signal.SIGTERM
-    ]  # SIGTERM is how the launcher ends the rest
-    witnesses = [e["text"] for rank, e in sorted(errors.items()) if codes.get(rank) == LOST_PEER]
-    if killed:
-        rank = killed[0]
-        name = signal.Signals(-codes[rank]).name
-        seen = f" ({witnesses[0]})" if witnesses else ""
-        say(f"rank {rank} (pid {pids[rank]}) was killed by {name}; the other ranks were ended{seen}")
-        return 1
-    guilty = [rank for rank, code in codes.items() if code > 0 and code != LOST_PEER and code not in _STOPPED]
-    for rank in guilty[:1]:
-        if errors.get(rank, {}).get("kind") != "Said":  # it has not printed its own line
-            say(f"rank {rank} (pid {pids[rank]}) ended with exit code {codes[rank]}; the other ranks were ended")
-        return codes[rank]
-    say(witnesses[0] if witnesses else f"ranks {sorted(codes)} ended with exit codes {sorted(set(codes.values()))}")
+    if stopped and all(word.kind == "Stopped" for word in words.values()):
+        return int(stopped[0])
+    witnesses = [words[rank] for rank in sorted(words) if words[rank].kind == "Lost"]
+    first_witness = min((w.time for w in witnesses), default=math.inf)
+    for rank, failure in failures.items():
+        # SIGTERM is how the launcher ends the rest, and SIGKILL how it ends, half a minute later, a rank that does not react.
+        if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM and failure.timestamp <= first_witness:
+            cause = f"rank {rank} (pid {failure.pid}) was killed by {signal.Signals(-failure.exitcode).name}"
+            say(
+                "; ".join(
+                    [cause + (f" {witnesses[0].where}" if witnesses else ""), "the other ranks were ended", *_rest(witnesses)]
+                )
+            )
+            return 1
+    for rank, code in codes.items():
+        if code > 0 and code != LOST_PEER and code not in _STOPPED:
+            if rank not in words or words[rank].kind != "Said":
+                say(f"rank {rank} (pid {failures[rank].pid}) ended with exit code {code}; the other ranks were ended")
+            return int(code)
+    if witnesses:
+        say("; ".join([f"{witnesses[0].where}: {witnesses[0].text}", *_rest(witnesses)]))
+    else:
+        say(f"ranks {sorted(codes)} ended with exit codes {sorted(set(codes.values()))}")
     return 1
+
+
+def _rest(witnesses: list[LastWord]) -> list[str]:
+    if not witnesses:
+        return []
+    saved = witnesses[0].saved
+    return [f"last checkpoint {saved}, the same command continues from it" if saved else "there is no checkpoint yet"]
 
 
 def say(text: str) -> None:
@@ -96,26 +111,34 @@ def say(text: str) -> None:
     print(f"ringflash train: {text}", file=sys.stderr, flush=True)
 
 
-def record(kind: str, text: str) -> bool:
-    """Leave this rank's last word where the elastic launcher looks for it; False if no such launcher started this rank.
+@dataclass(frozen=True)
+class LastWord:
+    """What a rank says before it ends. Kinds: Stopped (on request), Lost (because of another rank), Said (its own failure,
+    printed)."""
 
-    Kinds: Stopped (on request), Lost (because of another rank), Said (its own failure, already printed).
-    """
-    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if not path:
-        return False
-    said = {"message": text, "extraInfo": {"py_callstack": text, "timestamp": str(int(time.time())), "kind": kind}}
-    Path(path).write_text(json.dumps({"message": said}))
-    return True
+    kind: str
+    text: str = ""
+    where: str = ""
+    saved: str = ""
+    time: int = dataclasses.field(default_factory=lambda: int(time.time()))
+
+    def leave(self) -> bool:
+        """Write it where the elastic launcher (ours or torchrun) looks for it; False if none started this rank."""
+        path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+        if not path:
+            return False
+        text = f"{self.where}: {self.text}" if self.where else self.text
+        extra = {"py_callstack": text, "timestamp": str(self.time), "ringflash": dataclasses.asdict(self)}
+        Path(path).write_text(json.dumps({"message": {"message": text, "extraInfo": extra}}))
+        return True
 
 
-def _errors(folder: Path) -> dict[int, dict[str, str]]:
-    """What ``record`` left, by local rank: the folder above each file is named by it."""
+def _last_words(folder: Path) -> dict[int, LastWord]:
+    """What the ranks left under torch's log folder, by local rank: the folder above each file is named by it."""
     found = {}
     for path in folder.rglob("error.json"):
         try:
-            said = json.loads(path.read_text())["message"]
-            found[int(path.parent.name)] = {"kind": said["extraInfo"]["kind"], "text": said["message"]}
+            found[int(path.parent.name)] = LastWord(**json.loads(path.read_text())["message"]["extraInfo"]["ringflash"])
         except (ValueError, KeyError, TypeError):  # half written by a rank that was killed meanwhile
             continue
     return found

@@ -48,10 +48,15 @@ def rotary_table(positions: Tensor, head_dim: int, base: float) -> Tensor:
 
 
 def rotate(x_BSHD: Tensor, table: Tensor) -> Tensor:
-    """Turn each pair (x[d], x[d + D/2]) by its position's angle, in float32; the result has x's dtype."""
+    """Turn each pair (x[d], x[d + D/2]) by its position's angle, in float32 at least; the result has x's dtype."""
     cos, sin = table[:, None, :, None, :]
-    a, b = x_BSHD.float().chunk(2, dim=-1)
+    a, b = at_least_float32(x_BSHD).chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x_BSHD.dtype)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """x in float32, or as it is in float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class Attention(nn.Module):
@@ -115,7 +120,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Decoder over bytes: ``forward(tokens_BS, context)`` gives this rank's logits (B, S, V) in float32."""
+    """Decoder over bytes: ``forward(tokens_BS, context)`` gives this rank's logits (B, S, V) in float32 (float64 for a float64 model)."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -149,4 +154,4 @@ class GPT(nn.Module):
         for block, mask in zip(self.blocks, context.masks, strict=True):
             x_BSE = block(x_BSE, table, mask, context)
         logits: Tensor = self.head(self.norm(x_BSE))
-        return logits.float()
+        return at_least_float32(logits)

@@ -22,6 +22,7 @@ from ringflash.launch import config as configs
 from ringflash.launch import elastic
 from ringflash.launch import world as worlds
 from ringflash.launch.config import TrainConfig
+from ringflash.launch.elastic import LastWord
 from ringflash.launch.world import Activity, Report, StopRequest, World
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ def work(arguments: Sequence[str]) -> int:
     except (ValueError, ImportError) as error:  # the same on all ranks
         if worlds.environment_rank(os.environ) == 0:
             elastic.say(str(error))
-        elastic.record("Said", str(error))
+        LastWord("Said", str(error)).leave()
         return 2
     activity = Activity()
     try:
@@ -134,7 +135,7 @@ def _run(config: TrainConfig, world: World, stop: StopRequest, activity: Activit
                 f"interrupted: all {world.size} ranks stopped after step {trainer.state.step}; checkpoint in "
                 f"{trainer.run_dir / 'checkpoints'}; the same command continues"
             )
-            elastic.record("Stopped", "")
+            LastWord("Stopped").leave()
             return stop.exit_code
         activity.now = "in the final check"
         passed = True
@@ -153,7 +154,7 @@ def _run(config: TrainConfig, world: World, stop: StopRequest, activity: Activit
             progress.say(f"loss curve {trainer.run_dir / 'loss.png'}, plan {trainer.run_dir / 'plan.png'}")
         world.barrier()
     if not passed:
-        elastic.record("Said", "the final check failed")
+        LastWord("Said", "the final check failed").leave()
     return 0 if passed else 1
 
 
@@ -203,16 +204,16 @@ def _failed(world: World, error: Exception, activity: Activity) -> int:
             elastic.say(
                 f"{activity.now}: {'' if len(same) == world.size else f'rank {world.rank}: '}{type(error).__name__}: {error}"
             )
-        elastic.record("Said", first_line)
+        LastWord("Said", first_line, activity.now).leave()
         return 2 if isinstance(error, ValueError) else 1
     if guilty:
-        text = f"{activity.now}, rank {guilty[0]} failed"
+        text = f"rank {guilty[0]} failed"
     elif silent:
-        text = f"{activity.now}, rank {', '.join(map(str, silent))} gave no sign of life; {first_line}"
+        text = f"no sign of life from rank {', '.join(map(str, silent))}; {first_line}"
     else:
-        text = f"{activity.now}, {first_line}"
-    if not elastic.record("Lost", text) and world.rank == min(set(reports) - set(silent)):
-        elastic.say(text)
+        text = first_line
+    if not LastWord("Lost", text, activity.now, activity.saved).leave() and world.rank == min(set(reports) - set(silent)):
+        elastic.say(f"{activity.now}: {text}")
     return elastic.LOST_PEER
 
 

@@ -190,7 +190,7 @@ class Trainer:
             self._log(*rows)
             if last or stopped or (due and self.state.step % due == 0):
                 activity.now = f"while saving step {self.state.step}"
-                self.save()
+                activity.saved = str(self.save())
         return stopped
 
     def save(self) -> Path:

@@ -189,6 +189,7 @@ class Activity:
     """What a rank is doing, for the message should it fail."""
 
     now: str = "while starting"
+    saved: str = ""  # the newest checkpoint
 
 
 @dataclass(frozen=True)
