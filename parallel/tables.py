@@ -1,7 +1,7 @@
 """What a machine can do, as numbers: a table of its device and one of its links.
 
-The cost model reads them, `ringflash bench` writes them. Defaults are for an H200 with NVLink and for one CPU core with gloo. ``measured`` returns what ``ringflash bench`` found on this
-machine, if it was run.
+The cost model reads them, `ringflash bench` writes them. There are defaults for an H200 with NVLink and for one CPU core with
+gloo; ``measured`` returns what ``ringflash bench`` found on this machine, if it was run.
 """
 
 from __future__ import annotations

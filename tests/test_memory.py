@@ -14,10 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ringflash.autograd import Job, backward_loop, forward_loop
 from ringflash.mask import Mask
-from ringflash.parallel.context import SimulatedWorld
 from ringflash.parallel.memory import Peak, Shape, backward_peak, forward_peak
 from ringflash.parallel.plan import Plan
 from ringflash.parallel.transport import Label, Message
+from ringflash.simulated import SimulatedWorld
 
 SMALL = 1 << 12
 """Index tensors and the like, which the walk leaves out."""

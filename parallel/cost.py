@@ -1,0 +1,498 @@
+"""The cost model: what the steps of a plan take, what they wait for, and what they move, predicted from two tables.
+
+It replays the running code's order of events (autograd.py): the transfers of slot n are posted when step n has arrived and before
+it is computed; gradients leave when their step is computed and are waited for one step later. Kernels take the time their tiles
+take; a message takes the time the link table says, when both ends have posted it. Ranks may be simulated together, so that one
+waits for another that is late, or one alone, which then takes its peers to be as fast as itself.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from ringflash.mask import Mask
+from ringflash.parallel.memory import Peak, Rows, Shape, backward_peak, forward_peak
+from ringflash.parallel.plan import Plan, PlanKey, Transfer, make_plan
+from ringflash.parallel.tables import DeviceTable, Link, LinkTable, Rate, Tables
+from ringflash.parallel.work import Work, rank_areas, work_of
+
+__all__ = [
+    "DeviceTable",
+    "Flight",
+    "Forecast",
+    "Link",
+    "LinkTable",
+    "PassForecast",
+    "Peak",
+    "Rate",
+    "Shape",
+    "StepForecast",
+    "StepTime",
+    "Tables",
+    "explain",
+    "predict",
+    "predict_all",
+]
+
+
+class StepTime(NamedTuple):
+    """One step of a pass: it began to wait at ``start_s``, for ``wait_s`` (exposed communication), and then computed.
+
+    ``transfer_s`` is how long that for which it waited was under way.
+    """
+
+    start_s: float
+    wait_s: float
+    compute_s: float
+    transfer_s: float
+
+
+class Flight(NamedTuple):
+    """What a rank posted together, from the moment both ends were ready: "chunks", "gradients" or "heads"."""
+
+    what: str
+    step: int
+    start_s: float
+    stop_s: float
+    bytes_in: int
+    bytes_out: int
+    slow: bool
+
+
+@dataclass(frozen=True)
+class PassForecast:
+    """One rank's forward or backward pass.
+
+    ``enter_s`` and ``leave_s`` are the exchange of heads before and after; ``tail_s`` waits for the last gradients.
+    """
+
+    steps: tuple[StepTime, ...]
+    flights: tuple[Flight, ...]
+    enter_s: float
+    tail_s: float
+    leave_s: float
+    total_s: float
+    memory: Peak
+
+    @property
+    def compute_s(self) -> float:
+        return sum(step.compute_s for step in self.steps)
+
+    @property
+    def exposed_s(self) -> float:
+        """Communication that nothing hides."""
+        return sum(step.wait_s for step in self.steps) + self.enter_s + self.tail_s + self.leave_s
+
+
+@dataclass(frozen=True)
+class StepForecast:
+    """What one step computes and moves. Bytes: of keys and values it waits for, and that leave in the same post;
+    ``home_in``, ``home_out``: of gradients that leave right after it in the backward pass."""
+
+    work: Work
+    bytes_in: int
+    bytes_out: int
+    home_in: int
+    home_out: int
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What one rank will do. ``areas``: visible pairs times heads of every rank of the group."""
+
+    plan: Plan
+    shape: Shape
+    device: DeviceTable
+    link: LinkTable
+    steps: tuple[StepForecast, ...]
+    forward: PassForecast
+    backward: PassForecast
+    areas: tuple[int, ...]
+
+    @property
+    def balance(self) -> float:
+        """Work of the busiest rank over the mean."""
+        mean = sum(self.areas) / len(self.areas)
+        return max(self.areas) / mean if mean else 1.0
+
+    def flop(self, backward: bool) -> float:
+        """Of the visible pairs of this rank."""
+        heads = self.plan.share.q1 - self.plan.share.q0
+        return float(self.plan.area * heads * self.shape.batch * _flop_per_pair(self.shape, backward))
+
+
+def _flop_per_pair(shape: Shape, backward: bool) -> int:
+    return 6 * shape.head_dim + 4 * shape.head_dim_v if backward else 2 * shape.dims
+
+
+def predict(
+    plan: Plan | PlanKey,
+    device: DeviceTable,
+    link: LinkTable,
+    *,
+    batch: int = 1,
+    head_dim: int = 128,
+    head_dim_v: int | None = None,
+    dtype_bytes: int = 2,
+) -> Forecast:
+    """The forecast of one rank, whose peers are taken to be as fast as itself."""
+    plan = make_plan(plan) if isinstance(plan, PlanKey) else plan
+    return predict_all([plan], device, link, Shape(batch, head_dim, head_dim if head_dim_v is None else head_dim_v, dtype_bytes))[
+        0
+    ]
+
+
+def predict_all(plans: Sequence[Plan], device: DeviceTable, link: LinkTable, shape: Shape) -> list[Forecast]:
+    """The forecasts of several ranks of one world, simulated together."""
+    areas = rank_areas(plans[0].key)
+    replays = _Replay(plans, device, link, shape, backward=False), _Replay(plans, device, link, shape, backward=True)
+    forward, backward = (replay.run() for replay in replays)
+    found = []
+    for plan in plans:
+        rank = plan.key.rank
+        found.append(Forecast(plan, shape, device, link, _steps(plan, device, shape), forward[rank], backward[rank], areas))
+    return found
+
+
+def _steps(plan: Plan, device: DeviceTable, shape: Shape) -> tuple[StepForecast, ...]:
+    row = Rows.of(plan, shape)
+    moved = [[0, 0, 0, 0] for _ in plan.steps]
+    for post in (post for slot in plan.posts for post in slot):
+        for t in post.transfers:
+            moved[post.step][0 if t.dest == plan.rank else 1] += _rows(t) * row.kv
+    for n, slot in enumerate(plan.homes[: len(plan.steps)]):
+        for t in slot:
+            moved[n][2 if t.dest == plan.rank else 3] += _rows(t) * row.kv_acc
+    for t in plan.homes[len(plan.steps)]:
+        moved[-1][2 if t.dest == plan.rank else 3] += _rows(t) * row.kv_acc
+    return tuple(StepForecast(work_of(s.parts, device.tile), *m) for s, m in zip(plan.steps, moved, strict=True))
+
+
+def _rows(transfer: Transfer) -> int:
+    return sum(stop - start for start, stop in transfer.ranges)
+
+
+class _Load(NamedTuple):
+    """One rank's part of a post: so many bytes from or to a peer of the group."""
+
+    peer: int
+    inbound: bool
+    nbytes: int
+    messages: int
+
+
+@dataclass
+class _Clock:
+    """One rank in the replay: the time, when its links are free again, what is under way, and the record."""
+
+    now: float = 0.0
+    waited: float = 0.0  # in this step
+    free: dict[bool, float] = field(default_factory=lambda: {False: 0.0, True: 0.0})  # by slowness
+    pending: dict[int, tuple[float, float]] = field(default_factory=dict)  # by step: begun at, done at
+    mail: tuple[float, int] = (0.0, 0)  # gradients posted last: done at, bytes that arrive
+    packed: bool = False
+    steps: list[StepTime] = field(default_factory=list)
+    flights: list[Flight] = field(default_factory=list)
+    enter_s: float = 0.0
+    tail_s: float = 0.0
+    leave_s: float = 0.0
+
+    def wait(self, done: float) -> float:
+        """Waits until then; how long that took."""
+        gap = max(0.0, done - self.now)
+        self.now += gap
+        self.waited += gap
+        return gap
+
+
+class _Replay:
+    """One pass of some or all ranks of a world. Slots come in the same order on all ranks, so they are replayed one by one."""
+
+    def __init__(self, plans: Sequence[Plan], device: DeviceTable, link: LinkTable, shape: Shape, backward: bool) -> None:
+        self.plans = {plan.key.rank: plan for plan in plans}
+        self.device, self.link, self.shape, self.backward = device, link, shape, backward
+        self.row = {rank: Rows.of(plan, shape) for rank, plan in self.plans.items()}
+        self.clocks = {rank: _Clock() for rank in self.plans}
+        self.n_steps = len(plans[0].steps)
+
+    def run(self) -> dict[int, PassForecast]:
+        self._exchange("enter_s", 0)
+        for n in range(self.n_steps):
+            begun = {rank: clock.now for rank, clock in self.clocks.items()}
+            under_way = {}
+            for rank, clock in self.clocks.items():
+                posted, done = clock.pending.pop(n, (0.0, 0.0))
+                clock.waited, under_way[rank] = 0.0, done - posted
+                clock.wait(done)
+            self._post(n)
+            for rank, clock in self.clocks.items():
+                clock.now += self._compute_s(rank, n)
+            if self.backward:
+                self._receive()
+                self._send_home(n)
+            for rank, clock in self.clocks.items():
+                busy = clock.now - begun[rank] - clock.waited
+                clock.steps.append(StepTime(begun[rank], clock.waited, busy, under_way[rank]))
+        begun = {rank: clock.now for rank, clock in self.clocks.items()}
+        if self.backward:
+            self._receive()
+            self._send_home(self.n_steps)
+            self._receive()
+        for rank, clock in self.clocks.items():
+            for _, done in clock.pending.values():  # of sends in posts that this rank computes nothing of
+                clock.wait(done)
+            clock.tail_s = clock.now - begun[rank]
+        self._exchange("leave_s", self.n_steps)
+        return {rank: self._result(rank) for rank in self.plans}
+
+    def _result(self, rank: int) -> PassForecast:
+        clock, plan = self.clocks[rank], self.plans[rank]
+        memory = backward_peak(plan, self.shape) if self.backward else forward_peak(plan, self.shape)
+        return PassForecast(
+            tuple(clock.steps), tuple(clock.flights), clock.enter_s, clock.tail_s, clock.leave_s, clock.now, memory
+        )
+
+    def _copy_s(self, nbytes: float) -> float:
+        """Seconds for memory traffic of so many bytes, read and written."""
+        return nbytes / self.device.memory_GBps / 1e9
+
+    def _post(self, slot: int) -> None:
+        """Posts of a slot, in the order of their steps."""
+        loads: dict[int, dict[int, list[_Load]]] = {}
+        for rank, plan in self.plans.items():
+            for post in plan.posts[slot]:
+                if post.transfers:
+                    loads.setdefault(post.step, {})[rank] = [self._load(plan, t, self.row[rank].kv) for t in post.transfers]
+                if not self.clocks[rank].packed and any(t.owner == plan.rank for t in post.transfers):
+                    self.clocks[rank].packed = True
+                    self.clocks[rank].now += self._copy_s(2 * plan.k_len * self.row[rank].kv)
+        for step in sorted(loads):
+            for rank, span in self._move("chunks", step, loads[step]).items():
+                self.clocks[rank].pending[step] = span
+
+    def _load(self, plan: Plan, t: Transfer, row: int) -> _Load:
+        inbound = t.dest == plan.rank
+        return _Load(plan.peer(t.source if inbound else t.dest), inbound, _rows(t) * row, len(t.ranges))
+
+    def _move(self, what: str, step: int, loads: Mapping[int, Sequence[_Load]]) -> dict[int, tuple[float, float]]:
+        """Moves what these ranks post now: by rank, from when to when.
+
+        A message starts when both ends have posted it and their links are free, and takes as long as the slower end needs for
+        all it sends or receives in this post (messages share a link evenly, so all end together).
+        """
+        seconds: dict[tuple[int, bool, bool], float] = {}  # by rank, slowness, direction
+        for rank, mine in loads.items():
+            for slow in (False, True):
+                for inbound in (False, True):
+                    some = [x for x in mine if x.inbound == inbound and self.link.is_slow(rank, x.peer) == slow]
+                    nbytes, messages = sum(x.nbytes for x in some), sum(x.messages for x in some)
+                    seconds[rank, slow, inbound] = self.link.between(slow).time_s(nbytes, messages)
+        ready = {(r, slow): max(self.clocks[r].now, self.clocks[r].free[slow]) for r in loads for slow in (False, True)}
+        spans: dict[int, tuple[float, float]] = {}
+        for rank, mine in loads.items():
+            for slow in (False, True):
+                some = [x for x in mine if self.link.is_slow(rank, x.peer) == slow]
+                if not some:
+                    continue
+                begin = [max(ready[rank, slow], ready.get((x.peer, slow), 0.0)) for x in some]
+                took = [max(seconds[rank, slow, x.inbound], seconds.get((x.peer, slow, not x.inbound), 0.0)) for x in some]
+                done = max(a + b for a, b in zip(begin, took, strict=True))
+                nbytes_in, nbytes_out = (sum(x.nbytes for x in some if x.inbound == inbound) for inbound in (True, False))
+                self.clocks[rank].flights.append(Flight(what, step, min(begin), done, nbytes_in, nbytes_out, slow))
+                self.clocks[rank].free[slow] = done
+                first, last = spans.get(rank, (done, done))
+                spans[rank] = (min(first, *begin), max(last, done))
+        return spans
+
+    def _compute_s(self, rank: int, n: int) -> float:
+        """Seconds of a step's kernel calls, and of the memory traffic around them."""
+        plan, row, device, shape = self.plans[rank], self.row[rank], self.device, self.shape
+        step = plan.steps[n]
+        work = work_of(step.parts, device.tile)
+        rate = device.rate(max(shape.head_dim, shape.head_dim_v))
+        heads = (plan.share.q1 - plan.share.q0) * shape.batch
+        flop = device.tile**2 * heads * _flop_per_pair(shape, self.backward)
+        full, masked = (
+            (rate.backward_full_TFLOPS, rate.backward_masked_TFLOPS)
+            if self.backward
+            else (rate.forward_full_TFLOPS, rate.forward_masked_TFLOPS)
+        )
+        kernel = flop * (work.full_tiles / full + work.masked_tiles / masked) / 1e12
+        if work.row_tiles:
+            kernel *= max(1.0, device.units / (work.row_tiles * heads))
+        if self.backward:
+            # Stages of gradients start as zeros; delta is computed before the first step.
+            traffic = step.rows * row.kv_acc + (plan.q_len * (2 * row.out + 6 * row.out_acc) if n == 0 else 0)
+        else:
+            # From the second call on, the running state is read and written again.
+            traffic = 2 * min(work.row_tiles * device.tile, plan.q_len) * (row.out_acc + row.lse) if n else 0
+        return kernel + work.calls * device.launch_s + self._copy_s(traffic)
+
+    def _receive(self) -> None:
+        """Waits for the gradients posted last and adds them."""
+        for clock in self.clocks.values():
+            done, arrived = clock.mail
+            clock.wait(done)
+            clock.now += self._copy_s(3 * arrived)
+            clock.mail = (0.0, 0)
+
+    def _send_home(self, slot: int) -> None:
+        loads = {}
+        for rank, plan in self.plans.items():
+            if plan.homes[slot]:
+                loads[rank] = [self._load(plan, t, self.row[rank].kv_acc) for t in plan.homes[slot]]
+        for rank, (_, done) in self._move("gradients", slot, loads).items():
+            self.clocks[rank].mail = (done, sum(x.nbytes for x in loads[rank] if x.inbound))
+
+    def _exchange(self, name: str, slot: int) -> None:
+        """The exchange of heads before or after the ring, which nothing hides."""
+        loads = {rank: self._head_loads(plan, name == "enter_s") for rank, plan in self.plans.items() if len(plan.shares) > 1}
+        if not loads:
+            return
+        for rank, (_, done) in self._move("heads", slot, loads).items():
+            setattr(self.clocks[rank], name, self.clocks[rank].wait(done))
+
+    def _head_loads(self, plan: Plan, entering: bool) -> list[_Load]:
+        e, acc, shape = self.shape.dtype_bytes, self.shape.acc_bytes, self.shape
+        # (bytes of one row of one head, whether heads are key heads)
+        if self.backward:
+            units = [(shape.head_dim_v * e, False)] if entering else [(shape.head_dim * e, False), (shape.dims * acc, True)]
+        else:
+            units = [(shape.head_dim * e, False), (shape.dims * e, True)] if entering else [(shape.head_dim_v * e + acc, False)]
+        me, loads = plan.member, []
+        for member in (m for m in range(len(plan.shares)) if m != me):
+            moved = [0, 0]  # out of what this rank has for the member, and the reverse
+            for unit, keys in units:
+                lengths = plan.k_lengths if keys else plan.q_lengths
+                for way, (a, b) in enumerate(((me, member), (member, me))):
+                    rows, share = (lengths[a], plan.shares[b]) if entering else (lengths[b], plan.shares[a])
+                    moved[way] += rows * ((share.k1 - share.k0) if keys else (share.q1 - share.q0)) * unit * shape.batch
+            peer = plan.rank * len(plan.shares) + member
+            loads += [
+                _Load(peer, inbound, nbytes, len(units)) for inbound, nbytes in ((False, moved[0]), (True, moved[1])) if nbytes
+            ]
+        return loads
+
+
+LONGEST = 20
+"""Steps that `explain` lists; of longer plans it shows both ends."""
+
+
+def explain(plan: Plan, forecast: Forecast, *, chosen: str = "", kernel: str = "", source: str = "") -> str:
+    """A plan and its forecast as text for people, at most about 40 lines.
+
+    chosen: why "auto" means this schedule, if it was "auto". kernel: what computes it, if known. source: of the tables.
+    """
+    key, shape, device, link = plan.key, forecast.shape, forecast.device, forecast.link
+    cross = "" if key.q_layout.seqlen == key.k_layout.seqlen else f"{key.q_layout.seqlen:,} queries on "
+    dims = f"{shape.head_dim}" if shape.head_dim == shape.head_dim_v else f"{shape.head_dim} (values {shape.head_dim_v})"
+    share = plan.share
+    heads = (
+        f"{key.heads} query heads, {key.kv_heads} key heads of {dims}, batch {shape.batch}, {shape.dtype_bytes} bytes an element"
+    )
+    if len(plan.shares) > 1:
+        heads += f"; here query heads {share.q0} to {share.q1 - 1}" if share.q1 > share.q0 else "; none here"
+    facts = [
+        ("mask", mask_text(key.mask)),
+        ("sequence", f"{cross}{key.k_layout.seqlen:,} tokens, layout {key.q_layout.name}"),
+        ("rank", f"{key.rank} of {key.world}, with {plan.q_lengths[plan.member]:,} tokens in {_runs_text(plan)}"),
+        ("schedule", f"{key.schedule}, {len(plan.steps)} steps" + (f" (auto: {chosen})" if chosen else "")),
+        ("heads", heads),
+        *([("kernel", kernel)] if kernel else []),
+        ("predicted", f"for {device.name}, {link.name}" + (f" ({source})" if source else "")),
+    ]
+    for name, times in (("forward", forecast.forward), ("backward", forecast.backward)):
+        parts = "; ".join(f"{what} {size_text(nbytes)}" for what, nbytes in times.memory.items)
+        facts.append(("memory", f"peak {size_text(times.memory.total)} {name}: {parts}"))
+    busiest = max(forecast.areas)
+    ranks = [rank for rank, area in enumerate(forecast.areas) if area == busiest]
+    who = "all ranks alike" if len(ranks) == len(forecast.areas) else f"rank {ranks[0]} has most"
+    facts.append(("balance", f"{forecast.balance:.3f} (work of the busiest rank over the mean; {who})"))
+    lines = [_fact(*fact) for fact in facts]
+    ends = [_pass_text("forward", forecast, False), _pass_text("backward", forecast, True)]
+    return "\n".join([*lines, "", *_table(plan, forecast), "", *ends])
+
+
+def _fact(name: str, text: str) -> str:
+    return textwrap.fill(text, 120, initial_indent=f"{name:<10} ", subsequent_indent=" " * 11)
+
+
+def mask_text(mask: Mask) -> str:
+    """A mask in a few words."""
+    return " & ".join(repr(part) for part in mask._parts())
+
+
+def size_text(nbytes: float) -> str:
+    """Bytes with three digits."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if nbytes < 1000 or unit == "GiB":
+            break
+        nbytes /= 1024
+    return f"{nbytes:.0f} {unit}" if nbytes >= 100 or nbytes == int(nbytes) else f"{nbytes:.3g} {unit}"
+
+
+def count_text(n: float) -> str:
+    """A count with three digits."""
+    for unit in ("", "k", "M", "G", "T"):
+        if n < 1000 or unit == "T":
+            break
+        n /= 1000
+    return f"{n:.0f}{unit}" if n >= 100 or n == int(n) else f"{n:.3g}{unit}"
+
+
+def _runs_text(plan: Plan) -> str:
+    runs = plan.key.q_layout.ranks[plan.key.rank]
+    some = ", ".join(f"{r.start}:{r.stop}" + (f":{r.stride}" if r.stride > 1 else "") for r in runs[:3])
+    return f"{len(runs)} run{'s' if len(runs) != 1 else ''} ({some}{', ...' if len(runs) > 3 else ''})" if runs else "no run"
+
+
+def _pass_text(name: str, forecast: Forecast, backward: bool) -> str:
+    times = forecast.backward if backward else forecast.forward
+    rate = forecast.flop(backward) / times.total_s / 1e12 if times.total_s else 0.0
+    parts = [f"{1e3 * times.compute_s:.4g} computing", f"{1e3 * times.exposed_s:.4g} waiting"]
+    heads = times.enter_s + times.leave_s
+    if heads:
+        parts.append(f"of that {1e3 * heads:.4g} for the exchange of heads")
+    rate_text = f"{rate:.0f} TFLOP/s" if rate >= 1 else f"{1e3 * rate:.0f} GFLOP/s"
+    return f"{name:<10} {1e3 * times.total_s:.4g} ms: {', '.join(parts)}; {rate_text} of visible pairs"
+
+
+def _table(plan: Plan, forecast: Forecast) -> list[str]:
+    """One line a step; steps in a row that compute and move nothing share one, and the middle of a long plan is left out."""
+    chunks = "chunks of ring rank" if len(plan.shares) > 1 else "chunks of rank"
+    head = ["step", chunks, "rows", "slices", "pairs", "unmasked", "in", "out", "forward", "waits", "backward", "waits"]
+    rows: list[list[str]] = []
+    idle: list[int] = []
+    steps = zip(plan.steps, forecast.steps, forecast.forward.steps, forecast.backward.steps, strict=True)
+    for n, (step, f, forward, backward) in enumerate(steps):
+        if n and not (f.work.visible or f.bytes_in or f.bytes_out):
+            idle = [idle[0] if idle else n, n]
+            rows = [*(rows if idle[0] == n else rows[:-1]), [f"{idle[0]}" if idle[0] == n else f"{idle[0]}-{n}", "none"]]
+            continue
+        idle = []
+        cells = [str(n), _owners_text([chunk.owner for chunk in step.chunks]), f"{step.rows:,}", f"{f.work.slices:,}"]
+        cells += [count_text(f.work.visible), f"{100 * f.work.full / f.work.visible:.0f} %" if f.work.visible else "-"]
+        cells += [size_text(f.bytes_in), size_text(f.bytes_out)]
+        cells += [f"{1e3 * s:.3f}" for s in (forward.compute_s, forward.wait_s, backward.compute_s, backward.wait_s)]
+        rows.append(cells)
+    rows = [head, *([*row, *[""] * (len(head) - len(row))] for row in rows)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    lines = [
+        "  ".join(c.ljust(w) if i == 1 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))) for row in rows
+    ]
+    hidden = len(lines) - 1 - LONGEST
+    if hidden > 1:
+        lines[1 + LONGEST // 2 : 1 + LONGEST // 2 + hidden] = [f"... {hidden} more lines ..."]
+    return [
+        *(line.rstrip() for line in lines),
+        "pairs: visible ones per head; unmasked: in tiles without a mask; in, out: K and V; times in ms",
+    ]
+
+
+def _owners_text(owners: Sequence[int]) -> str:
+    if len(owners) > 4:
+        return f"{owners[0]}, {owners[1]}, ... {owners[-1]} ({len(owners)})"
+    return ", ".join(map(str, owners)) or "-"

@@ -1,0 +1,258 @@
+"""The cost model: tables, counted work, and times against small plans worked out by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ringflash import SimulatedWorld
+from ringflash.mask import Mask
+from ringflash.parallel import tables
+from ringflash.parallel.cost import Forecast, explain, predict, predict_all
+from ringflash.parallel.memory import Shape
+from ringflash.parallel.plan import Plan
+from ringflash.parallel.tables import DeviceTable, Link, LinkTable, Rate, Tables
+from ringflash.parallel.work import Work, rank_areas, visible_pairs, work_of
+from ringflash.slices import Slices
+from ringflash.testing import draw, visibility
+
+# Round numbers: 1 TFLOP/s on full tiles, 0.5 on masked ones; backward half of that; a link of 1 GB/s that costs nothing to use.
+DEVICE = DeviceTable("test", tile=16, units=1, rates=(Rate(64, 1.0, 0.5, 0.5, 0.25),), launch_s=0.0, memory_GBps=1e12)
+ONE_GBPS = Link(((1, 1.0),), latency_s=0.0)
+LINK = LinkTable("test", ONE_GBPS, ONE_GBPS, node=1000)
+SHAPE = {"head_dim": 16, "dtype_bytes": 2}
+
+
+def plans(mask: Mask, schedule: str, world: int, seqlen: int, layout: str = "contiguous", **options: int) -> list[Plan]:
+    simulated = SimulatedWorld(world, layout, schedule, **options).for_mask(mask)  # type: ignore[arg-type]
+    return [simulated.plan(rank, mask, seqlen, seqlen, 2, 1) for rank in range(world)]
+
+
+def test_a_link_is_interpolated_in_the_logarithm_of_the_size() -> None:
+    link = Link(((1024, 1.0), (16 * 1024, 3.0)), latency_s=1e-7)
+    assert link.GBps(4 * 1024) == pytest.approx(2.0)
+    assert link.GBps(1 << 40) == 3.0
+    assert link.time_s(4 * 1024) == pytest.approx(4 * 1024 / 2e9)
+    assert link.time_s(4 * 1024, messages=3) == pytest.approx(4 * 1024 / 2e9 + 2e-7)
+    assert link.time_s(0) == 1e-7 and link.time_s(0, messages=0) == 0.0
+    assert link.time_s(1023.999) == pytest.approx(link.time_s(1024), rel=1e-4)  # no jump where the table begins
+
+
+def test_the_nearest_head_dim_counts() -> None:
+    assert tables.H200.rate(96).head_dim == 128 and tables.H200.rate(80).head_dim == 64 and tables.H200.rate(512).head_dim == 256
+
+
+def test_tables_are_read_as_they_were_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "below" / "tables.json"
+    monkeypatch.setenv("RINGFLASH_TABLES", str(path))
+    assert tables.measured("cuda") is tables.DEFAULTS["cuda"]
+    mine = Tables(DEVICE, LINK, "a test")
+    tables.write(path, "cuda", mine)
+    tables.write(path, "cpu", tables.DEFAULTS["cpu"])
+    assert tables.measured("cuda") == mine and tables.measured("cpu") == tables.DEFAULTS["cpu"]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "JSONDecodeError"),
+        ("[]", "AttributeError"),
+        ('{"cuda": {}}', "KeyError: 'device'"),
+        (
+            json.dumps({"cuda": dataclasses.asdict(Tables(dataclasses.replace(DEVICE, rates=()), LINK, ""))}),
+            "rates must be given",
+        ),
+        (
+            json.dumps(
+                {"cuda": dataclasses.asdict(Tables(DEVICE, dataclasses.replace(LINK, slow=Link(((9, 1.0), (3, 1.0)), 0.0)), ""))}
+            ),
+            "points must be positive and ascending",
+        ),
+    ],
+)
+def test_a_file_that_holds_something_else_is_named(tmp_path: Path, text: str, reason: str) -> None:
+    path = tmp_path / "tables.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=rf"tables\.json holds no tables.*{reason}"):
+        tables.measured("cuda", path)
+
+
+def brute_work(slices: Slices, tile: int) -> Work:
+    """Every tile looked at, score by score."""
+    q_len, k_len = int(slices.table[:, 1].max()), int(slices.table[:, 3].max())
+    seen = np.zeros((-(-q_len // tile) * tile, -(-k_len // tile) * tile), dtype=bool)
+    i, j = np.indices(seen.shape)
+    for s in slices:
+        seen |= (s.q0 <= i) & (i < s.q1) & (s.k0 <= j) & (j < s.k1) & (s.lo <= j - i) & (j - i <= s.hi)
+    cells = seen.reshape(seen.shape[0] // tile, tile, -1, tile).sum((1, 3))
+    full = int((cells == tile * tile).sum())
+    masked = int((cells > 0).sum()) - full
+    rows = int((cells.sum(1) > 0).sum())
+    return Work(1, len(slices), int(seen.sum()), full * tile * tile, full, masked, rows)
+
+
+def test_work_counts_tiles_as_looking_at_every_score_does() -> None:
+    # One Slice at a time: several of the same rows may fill a tile between them, which kernels compute as masked all the same.
+    seen = 0
+    for case in (draw(seed, worlds=(1, 2, 3)) for seed in range(80)):
+        world = SimulatedWorld(case.world, case.build_layout(), case.schedule, ulysses=case.ulysses, inner=case.inner)
+        plan = world.for_mask(case.build_mask()).plan(0, case.build_mask(), case.q_len, case.k_len, case.heads, case.kv_heads)
+        for part in (part for step in plan.steps for part in step.parts):
+            for i in range(len(part.slices)):
+                one = dataclasses.replace(part, slices=part.slices[i : i + 1])
+                assert work_of([one], 4) == brute_work(one.slices, 4), (case, one)
+                seen += 1
+    assert seen > 200
+
+
+def test_documents_share_the_tile_at_their_border() -> None:
+    slices = Slices.from_rows([(0, 24, 0, 24, -99, 0), (24, 64, 24, 64, -99, 0)])
+    plan = plans(Mask.documents([24, 40]), "ring", 1, 64)[0]
+    assert plan.steps[0].parts[0].slices == slices
+    assert work_of(plan.steps[0].parts, 16) == brute_work(slices, 16)
+
+
+@pytest.mark.parametrize("seed", range(120))
+def test_visible_pairs_of_every_query(seed: int) -> None:
+    case = draw(seed)
+    mask = case.build_mask()
+    expected = visibility(mask, case.q_len, case.k_len).sum(1).numpy()
+    assert np.array_equal(visible_pairs(mask, case.q_len, case.k_len), expected)
+
+
+@pytest.mark.parametrize("schedule", ["ring", "hybrid"])
+def test_areas_are_those_of_the_plans(schedule: str) -> None:
+    some = plans(Mask.causal(window=37), schedule, 4, 128, "zigzag", ulysses=2 if schedule == "hybrid" else 1)
+    areas = rank_areas(some[0].key)
+    assert list(areas) == [plan.area * (plan.share.q1 - plan.share.q0) for plan in some]
+    assert predict(some[1], DEVICE, LINK, **SHAPE).balance == pytest.approx(max(areas) / (sum(areas) / 4))
+
+
+def flop(n_tiles: int, per_pair: int) -> float:
+    return n_tiles * 16 * 16 * 2 * per_pair  # two heads
+
+
+def test_one_rank_is_compute_alone() -> None:
+    (plan,) = plans(Mask.causal(), "ring", 1, 64)
+    found = predict(plan, DEVICE, LINK, **SHAPE)
+    # 4 x 4 tiles of 16: 4 on the diagonal, 6 below it. 4 * D FLOP a pair forward, 10 * D backward.
+    forward = flop(6, 64) / 1e12 + flop(4, 64) / 0.5e12
+    assert found.forward.total_s == pytest.approx(forward)
+    assert found.backward.total_s == pytest.approx(flop(6, 160) / 0.5e12 + flop(4, 160) / 0.25e12)
+    assert found.forward.exposed_s == found.backward.exposed_s == 0.0
+    assert found.flop(backward=False) == plan.area * 2 * 64
+    assert found.steps[0].work == Work(1, 1, 64 * 65 // 2, 6 * 256, 6, 4, 4)
+
+
+def chunk_bytes(rows: int, nbytes: int) -> int:
+    return rows * 32 * nbytes  # one key head, D + Dv = 32
+
+
+def test_a_transfer_longer_than_a_step_is_exposed_by_what_is_left() -> None:
+    found = predict(plans(Mask.full(), "ring", 3, 96)[0], DEVICE, LINK, **SHAPE)
+    step = flop(4, 64) / 1e12
+    hop = chunk_bytes(32, 2) / 1e9
+    assert hop > step
+    # Step 1's chunk was posted at 0, step 2's when step 1's had arrived and before it was computed.
+    waits = [0.0, hop - step, hop - step]
+    assert [t.wait_s for t in found.forward.steps] == pytest.approx(waits)
+    assert found.forward.total_s == pytest.approx(2 * hop + step)
+    assert [t.transfer_s for t in found.forward.steps] == pytest.approx([0.0, hop, hop])
+    assert [s.bytes_in for s in found.steps] == [0, chunk_bytes(32, 2), chunk_bytes(32, 2)]
+    assert [s.bytes_out for s in found.steps] == [0, chunk_bytes(32, 2), chunk_bytes(32, 2)]
+    assert [s.home_in for s in found.steps] == [0, chunk_bytes(32, 4), chunk_bytes(32, 4)]
+
+
+def test_gradients_leave_after_their_step_and_only_the_last_are_waited_for() -> None:
+    slow = dataclasses.replace(DEVICE, rates=(Rate(64, 0.01, 0.01, 0.01, 0.01),))
+    found = predict(plans(Mask.full(), "ring", 3, 96)[0], slow, LINK, **SHAPE)
+    step = flop(4, 160) / 0.01e12
+    home = chunk_bytes(32, 4) / 1e9
+    assert step > 2 * home
+    assert [t.wait_s for t in found.backward.steps] == [0.0, 0.0, 0.0]
+    assert found.backward.tail_s == pytest.approx(home)
+    assert found.backward.total_s == pytest.approx(3 * step + home)
+    assert [f.start_s for f in found.backward.flights if f.what == "gradients"] == pytest.approx([2 * step, 3 * step])
+
+
+def test_all_gather_fills_one_link_with_all_chunks() -> None:
+    found = predict(plans(Mask.full(), "allgather", 4, 128)[0], DEVICE, LINK, **SHAPE)
+    hop, step = 3 * chunk_bytes(32, 2) / 1e9, flop(4, 64) / 1e12
+    assert found.forward.total_s == pytest.approx(hop + 3 * step)
+    assert found.steps[1].bytes_in == 3 * chunk_bytes(32, 2)
+
+
+def test_a_rank_waits_for_one_that_is_late() -> None:
+    # Contiguous and causal: rank 1 computes twice what rank 0 does. Nobody waits for rank 0; the sender of gradients is late.
+    both = predict_all(plans(Mask.causal(), "ring", 2, 64), DEVICE, LINK, Shape(1, 16, 16, 2))
+    first, second = both
+    hop, home = chunk_bytes(32, 2) / 1e9, chunk_bytes(32, 4) / 1e9
+    assert first.forward.total_s == pytest.approx(max(hop, first.forward.compute_s))
+    assert second.backward.total_s == pytest.approx(
+        second.backward.compute_s + max(0.0, hop - second.backward.steps[0].compute_s) + home
+    )
+    assert first.backward.total_s == pytest.approx(second.backward.total_s)  # its gradients come when rank 1 has computed them
+    assert first.areas == (2 * 32 * 33 // 2, 2 * (32 * 33 // 2 + 32 * 32))
+
+
+def test_a_double_ring_hides_the_slow_link_behind_a_whole_inner_ring() -> None:
+    slow = LinkTable("test", ONE_GBPS, Link(((1, 0.25),), 0.0), node=2)
+    step, hop = flop(4, 64) / 1e12, chunk_bytes(32, 2) / 1e9
+    found = predict_all(plans(Mask.full(), "double_ring", 4, 128, inner=2), DEVICE, slow, Shape(1, 16, 16, 2))[0]
+    # Step 2 needs the slow link's chunk, posted at 0: it takes four hops. Step 3's comes over the fast link after that.
+    assert found.forward.total_s == pytest.approx(4 * hop + hop + step)
+    assert {f.step for f in found.forward.flights if f.slow} == {2}
+
+
+def test_the_exchange_of_heads_is_exposed() -> None:
+    found = predict(plans(Mask.full(), "ulysses", 2, 64)[0], DEVICE, LINK, **SHAPE)
+    # Of 32 rows one of two query heads, and the one key head that both need; back: one head of out and its float32 log-sum-exp.
+    enter, leave = 32 * (16 + 32) * 2 / 1e9, 32 * (16 * 2 + 4) / 1e9
+    assert found.forward.enter_s == pytest.approx(enter)
+    assert found.forward.leave_s == pytest.approx(leave)
+    assert found.forward.total_s == pytest.approx(enter + leave + found.forward.compute_s)
+
+
+def test_few_tiles_do_not_fill_a_device() -> None:
+    wide = dataclasses.replace(DEVICE, units=80)
+    plan = plans(Mask.full(), "ring", 1, 64)[0]
+    one, many = (predict(plan, device, LINK, **SHAPE).forward.total_s for device in (DEVICE, wide))
+    assert many == pytest.approx(10 * one)  # 4 row tiles of 2 heads, room for 80
+
+
+def text_of(plan: Plan, **options: str) -> tuple[str, Forecast]:
+    forecast = predict(plan, tables.H200, tables.NVLINK)
+    return explain(plan, forecast, **options), forecast
+
+
+def test_explain_says_everything_in_forty_lines() -> None:
+    world = SimulatedWorld(64, "zigzag", "ring")
+    text, forecast = text_of(
+        world.plan(3, Mask.causal(), 1 << 20, 1 << 20, 32, 8), chosen="long chunks", kernel="hopper", source="here"
+    )
+    assert len(text.splitlines()) <= 40 and max(map(len, text.splitlines())) <= 130
+    for words in (
+        "Causal(size=None)",
+        "1,048,576 tokens, layout zigzag",
+        "3 of 64, with 16,384 tokens in 2 runs (24576:32768, 1015808:1024000)",
+        "ring, 64 steps (auto: long chunks)",
+        "32 query heads, 8 key heads of 128",
+        "kernel     hopper",
+        "H200, NVLink",
+        "(here)",
+        "more lines",
+        f"{1e3 * forecast.forward.total_s:.4g} ms",
+        "balance    1.000 (work of the busiest rank over the mean; all ranks alike)",
+    ):
+        assert words in text, words
+
+
+def test_explain_of_a_plan_with_idle_steps_and_shared_heads() -> None:
+    text, _ = text_of(SimulatedWorld(8, "contiguous", "ring").plan(5, Mask.causal(window=100), 8192, 8192, 4, 2))
+    assert " 2-7  none" in text
+    text, _ = text_of(SimulatedWorld(8, "zigzag", "hybrid", ulysses=4).plan(5, Mask.causal(), 8192, 8192, 8, 2))
+    assert "chunks of ring rank" in text and "here query heads 2 to 3" in text and "exchange of heads" in text
