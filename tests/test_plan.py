@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -110,7 +111,7 @@ def rows_of(ranges: tuple[tuple[int, int], ...]) -> set[int]:
 def filled(rows: set[int], max_gap: int) -> set[int]:
     """The rows and the gaps of at most max_gap between them."""
     ordered = sorted(rows)
-    gaps = [range(a, b) for a, b in zip(ordered, ordered[1:], strict=False) if b - a - 1 <= max_gap]
+    gaps = [range(a, b) for a, b in pairwise(ordered) if b - a - 1 <= max_gap]
     return rows.union(*gaps)
 
 
@@ -148,7 +149,7 @@ def test_nothing_empty_is_computed_or_moved(first: int) -> None:
             for _, t in sent(plan):
                 assert t.source != t.dest and t.ranges and all(a < b for a, b in t.ranges), repr(world.case)
                 assert list(t.ranges) == sorted(t.ranges)
-                assert all(a[1] < b[0] for a, b in zip(t.ranges, t.ranges[1:], strict=False)), "touching ranges are one range"
+                assert all(a[1] < b[0] for a, b in pairwise(t.ranges)), "touching ranges are one range"
 
 
 @BATCHES
@@ -220,7 +221,7 @@ def test_only_rows_that_are_seen_travel(first: int) -> None:
                         continue
                     assert needed <= rows_of(ranges) <= filled(allowed, world.case.max_gap), (plan.rank, owner, repr(world.case))
                     assert all({start, stop - 1} <= allowed for start, stop in ranges), "ranges begin and end with a needed row"
-                    gaps = [b[0] - a[1] for a, b in zip(ranges, ranges[1:], strict=False)]
+                    gaps = [b[0] - a[1] for a, b in pairwise(ranges)]
                     assert all(gap > world.case.max_gap for gap in gaps), "short gaps are filled: fewer messages"
 
 

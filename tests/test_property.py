@@ -34,7 +34,7 @@ EDGES = [
     (Case(schedule="hybrid", ulysses=2, heads=3, kv_heads=1, mask="dilated(3)", layout="striped"), ""),
     (
         Case(schedule="double_ring", inner=2, mask="causal(window=9)", layout="contiguous"),
-        "chunks passed on by ranks that do not use them",
+        "chunks passed on unused",
     ),
     (Case(schedule="double_ring", inner=4, world=8, mask="documents([20, 3, 9])"), ""),
     (Case(schedule="double_ring", inner=1), "a double ring of groups of one is a ring"),

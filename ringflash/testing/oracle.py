@@ -43,6 +43,10 @@ class Results:
         found = [(f.name, getattr(self, f.name)) for f in fields(self)]
         return [(name, tensor) for name, tensor in found if tensor is not None]
 
+    def cpu(self) -> Results:
+        """The same in host memory."""
+        return Results(*(None if x is None else x.cpu() for x in (getattr(self, f.name) for f in fields(self))))
+
 
 def visibility(mask: Mask, q_len: int, k_len: int) -> Tensor:
     """(q_len, k_len) bool: the mask on the whole sequence, the queries at the end of the keys."""

@@ -24,7 +24,7 @@ from multiprocessing.context import ForkServerProcess
 from typing import Any, NamedTuple
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["numpy", "torch", "torch.distributed", "torch.distributed.device_mesh", "pytest"])
+_context.set_forkserver_preload(["torch", "torch.distributed.device_mesh", "ringflash.testing", "pytest"])
 
 
 @dataclass(frozen=True)
