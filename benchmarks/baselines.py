@@ -1,4 +1,4 @@
-"""The peers that bench_ring measures beside ringflash: one function each, (q, k, v) of this rank -> out, differentiable by autograd.
+"""The peers that bench_ring measures beside ringflash: one function each, (q, k, v) of this rank -> out, differentiable.
 
 Every peer gets the same local tensors (1, S / world, H, D) and is run by its own public entry. ring-flash-attn imports
 flash-attn 2's private functions; where flash-attn is not installed, the same kernels as shipped with torch stand in for them.
@@ -26,7 +26,9 @@ CUDNN, FLASH = SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION
 def sdpa(q: Tensor, k: Tensor, v: Tensor, backend: SDPBackend, causal: bool = True) -> Tensor:
     """torch's scaled_dot_product_attention on (B, S, H, D) tensors, with one backend."""
     with sdpa_kernel(backend):
-        out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=causal, enable_gqa=True)
+        out = F.scaled_dot_product_attention(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=causal, enable_gqa=True
+        )
     return out.transpose(1, 2)
 
 
@@ -104,17 +106,34 @@ def _flash_attn_2(kernels: str) -> dict[str, Callable[..., Any]]:
         )
         return result[0], result[1], None, None
 
-    def backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, softmax_lse: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
+    # fmt: off
+    def backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, softmax_lse: Tensor, dq: Tensor, dk: Tensor,
+                 dv: Tensor,
                  dropout_p: float = 0.0, softmax_scale: float | None = None, causal: bool = False, window_size_left: int = -1,
-                 window_size_right: int = -1, softcap: float = 0.0, alibi_slopes: Tensor | None = None, deterministic: bool = False,
-                 rng_state: Tensor | None = None) -> None:  # fmt: skip
+                 window_size_right: int = -1, softcap: float = 0.0, alibi_slopes: Tensor | None = None,
+                 deterministic: bool = False, rng_state: Tensor | None = None) -> None:
+        # fmt: on
         if kernels == "fa4":
             inputs = (x.contiguous() for x in (q, k, v, out, dout, softmax_lse))
             grads = _flash_attn_bwd(*inputs, softmax_scale=softmax_scale, causal=causal)
         else:
             seed = torch.zeros(2, dtype=torch.uint64, device=q.device)
             grads = torch.ops.aten._flash_attention_backward(
-                dout, q, k, v, out, softmax_lse, None, None, q.shape[1], k.shape[1], dropout_p, causal, seed, seed[0], scale=softmax_scale
+                dout,
+                q,
+                k,
+                v,
+                out,
+                softmax_lse,
+                None,
+                None,
+                q.shape[1],
+                k.shape[1],
+                dropout_p,
+                causal,
+                seed,
+                seed[0],
+                scale=softmax_scale,
             )
         for target, grad in zip((dq, dk, dv), grads, strict=False):
             target.copy_(grad)

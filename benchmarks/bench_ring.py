@@ -150,10 +150,22 @@ def measure(cfg: DictConfig, seqlen: int, device: torch.device, say: Callable[[s
         f, b = (percentiles(t) for t in times[system.name])
         rows.append(
             Row(
-                system.name, seqlen, dist.get_world_size(), cfg.heads, cfg.kv_heads, cfg.head_dim, cfg.dtype,
-                torch.cuda.get_device_name(), torch.__version__, commit(), f, b,
-                round(system.flops / f[1] / 1e9, 1), round(3.5 * system.flops / b[1] / 1e9, 1), round(peaks[system.name], 2),
-            )  # fmt: skip
+                system.name,
+                seqlen,
+                dist.get_world_size(),
+                cfg.heads,
+                cfg.kv_heads,
+                cfg.head_dim,
+                cfg.dtype,
+                torch.cuda.get_device_name(),
+                torch.__version__,
+                commit(),
+                f,
+                b,
+                round(system.flops / f[1] / 1e9, 1),
+                round(3.5 * system.flops / b[1] / 1e9, 1),
+                round(peaks[system.name], 2),
+            )
         )
     base = next((r for r in rows if r.system.startswith("single")), None)
     for row in rows:

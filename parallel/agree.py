@@ -12,7 +12,7 @@ from datetime import timedelta
 from typing import ClassVar
 
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _get_default_store
+from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
 from ringflash.parallel.transport import TransportError
 
@@ -27,7 +27,7 @@ class Agreement:
         members = ",".join(str(r) for r in dist.get_process_group_ranks(group))
         # The members of a group create their contexts in the same order, so a count tells these apart.
         Agreement._instances[members] = instance = Agreement._instances.get(members, 0) + 1
-        self.store = dist.PrefixStore(f"ringflash/{members}/{instance}/", _get_default_store())
+        self.store = PrefixStore(f"ringflash/{members}/{instance}/", _get_default_store())
         self.count = 0
 
     def _key(self, count: int, rank: int) -> str:
@@ -54,8 +54,8 @@ class Agreement:
                 said[rank] = json.loads(self.store.get(self._key(self.count, rank)))
             except RuntimeError as error:
                 raise TransportError(
-                    f"rank {self.rank}, before step 0: rank {rank} did not come to agree on the plan within {self.timeout_s:g} s; "
-                    "all ranks of the group must call attention together (raise timeout_s or RINGFLASH_TIMEOUT_S if it is only slow)"
+                    f"rank {self.rank}, before step 0: rank {rank} did not come to agree within {self.timeout_s:g} s; "
+                    "all ranks of the group must call attention together (raise RINGFLASH_TIMEOUT_S if it is only slow)"
                 ) from error
         if self.count:  # nobody reads the handshake before the last one any more
             self.store.delete_key(self._key(self.count - 1, self.rank))
@@ -69,7 +69,9 @@ class Agreement:
             for rank, s in said.items():
                 values.setdefault(s["facts"].get(name, "nothing"), []).append(rank)
             if len(values) > 1:
-                listed = "; ".join(f"rank{'s' if len(ranks) > 1 else ''} {_list(ranks)}: {value}" for value, ranks in values.items())
+                listed = "; ".join(
+                    f"rank{'s' if len(ranks) > 1 else ''} {_list(ranks)}: {value}" for value, ranks in values.items()
+                )
                 raise ValueError(f"the ranks disagree on {name}: {listed}. It must be the same on all ranks of the group")
 
     def last_word(self, peer: int) -> str:

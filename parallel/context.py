@@ -1,9 +1,8 @@
-"""ContextParallel: a group of ranks that share one sequence; SimulatedWorld: the same in one process."""
+"""ContextParallel: a group of ranks that hold one sequence together, and what any such world needs (`Sharding`)."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -29,7 +28,7 @@ SHORT_CHUNK = 2048
 
 
 class Sharding:
-    """What ContextParallel and SimulatedWorld have in common: a world, its layout, its schedule, and the plans of both."""
+    """What ContextParallel and a simulated world have in common: a world, its layout, its schedule, and the plans of both."""
 
     def __init__(self, world: int, layout: str | Layout, schedule: str | Schedule, ulysses: int, inner: int | None) -> None:
         if isinstance(layout, Layout):
@@ -67,12 +66,14 @@ class Sharding:
         schedule = self.schedule_of(k_len)
         return make_plan(PlanKey(mask, q_layout, k_layout, schedule, heads, kv_heads, rank, self.trim, self.max_gap))
 
-    def _bound(self, mask: Mask | None) -> Mask:
+    def bound(self, mask: Mask | None) -> Mask:
         """The mask of a call: the given one, or the one this view was made for."""
         if mask is None:
             return self.mask or Mask.full()
         if self.mask is not None and mask != self.mask and self.layout == "balanced":
-            raise ValueError(f"this context was balanced for {self.mask}, but attention got {mask}; call cp.for_mask with that one")
+            raise ValueError(
+                f"this context was balanced for {self.mask}, but attention got {mask}; call cp.for_mask with that one"
+            )
         return mask
 
 
@@ -103,7 +104,9 @@ class ContextParallel(Sharding):
         timeout_s: float | None = None,
     ) -> None:
         if not dist.is_initialized():
-            raise ValueError("torch.distributed is not initialised: call torch.distributed.init_process_group (or launch with torchrun) first")
+            raise ValueError(
+                "torch.distributed is not initialised: call torch.distributed.init_process_group (or launch with torchrun) first"
+            )
         if isinstance(mesh, DeviceMesh):
             if mesh.ndim == 2:
                 size = mesh.size(1)
@@ -113,10 +116,13 @@ class ContextParallel(Sharding):
                     ulysses = size
                 mesh = mesh._flatten()
             if mesh.ndim != 1:
-                raise ValueError(f"a context-parallel mesh has one axis or two (outer, inner), got {mesh.ndim}; pick them by name")
-            self.group = mesh.get_group()
-        else:
-            self.group = mesh if mesh is not None else dist.group.WORLD
+                raise ValueError(
+                    f"a context-parallel mesh has one axis or two (outer, inner), got {mesh.ndim}; pick them by name"
+                )
+            mesh = mesh.get_group()
+        group = mesh if mesh is not None else dist.group.WORLD
+        assert group is not None
+        self.group: dist.ProcessGroup = group
         self.rank = dist.get_rank(self.group)
         if self.rank < 0:
             raise ValueError("this rank is not a member of the given process group")
@@ -125,7 +131,9 @@ class ContextParallel(Sharding):
             raise ValueError(f"unknown transport {transport!r}; allowed are {', '.join(TRANSPORTS)}")
         plain = make_schedule(schedule, self.world, ulysses, inner)
         if transport == "allgather" and not (schedule == "allgather" and plain.ulysses == 1):
-            raise ValueError(f'transport "allgather" brings all chunks at once: it needs schedule="allgather" without ulysses, got {plain}')
+            raise ValueError(
+                f'transport "allgather" brings all chunks at once: it needs schedule="allgather" without ulysses, got {plain}'
+            )
         self.transport_name = "p2p" if transport == "auto" else transport
         self.trim = self.transport_name != "allgather"  # which sends everybody the same
         self.timeout_s = float(env.timeout_s() if timeout_s is None else timeout_s)
@@ -164,7 +172,7 @@ class ContextParallel(Sharding):
         return view
 
     def global_lengths(self, q_local: int, k_local: int) -> tuple[int, int]:
-        """Global sequence lengths of local tensors: as given to for_lengths, by the mask, as last sharded, or W times the local."""
+        """Global sequence lengths of local tensors: as given to for_lengths, as last sharded, or W times the local."""
         if self.lengths is not None:
             return self.lengths
         for known in (self.layout.seqlen if isinstance(self.layout, Layout) else None, self.last_seqlen):
@@ -197,9 +205,11 @@ class ContextParallel(Sharding):
         dist.all_reduce(lengths, group=self.group)
         layout = self.layout_of(int(lengths.sum()))
         if tuple(lengths.tolist()) != layout.lengths:
-            raise ValueError(f"the ranks hold {lengths.tolist()} rows, but {self.layout} of {layout.seqlen} gives them {list(layout.lengths)}")
+            raise ValueError(
+                f"the ranks hold {lengths.tolist()} rows, but {self.layout} of {layout.seqlen} gives them {list(layout.lengths)}"
+            )
         self.last_seqlen = layout.seqlen
-        full: Tensor = _Unshard.apply(x, layout, self.rank, self.group, dim % x.dim())
+        full: Tensor = _Unshard.apply(x, layout, self.rank, self.group, dim % x.dim())  # type: ignore[no-untyped-call]
         return full
 
     def shard_labels(self, labels: Tensor, dim: int = 1, ignore_index: int = -100) -> Tensor:
@@ -223,7 +233,9 @@ class ContextParallel(Sharding):
         valid token anywhere the loss is 0.
         """
         local = F.cross_entropy(
-            logits.reshape(-1, logits.shape[-1]).float() if logits.dtype != torch.float64 else logits.reshape(-1, logits.shape[-1]),
+            logits.reshape(-1, logits.shape[-1]).float()
+            if logits.dtype != torch.float64
+            else logits.reshape(-1, logits.shape[-1]),
             labels.reshape(-1),
             ignore_index=ignore_index,
             reduction="sum",
@@ -267,44 +279,3 @@ class _Unshard(torch.autograd.Function):
         total = grad.contiguous().clone()
         dist.all_reduce(total, group=group)
         return take(total, layout, rank, dim), None, None, None, None
-
-
-class SimulatedWorld(Sharding):
-    """A whole world in this process, for tests, planning and debugging. Same plans, same loops, no processes.
-
-    Arguments as for ContextParallel, with the number of ranks in place of the mesh.
-    """
-
-    def __init__(
-        self,
-        world: int,
-        layout: str | Layout = "zigzag",
-        schedule: str | Schedule = "auto",
-        *,
-        ulysses: int = 1,
-        inner: int | None = None,
-    ) -> None:
-        super().__init__(world, layout, schedule, ulysses, inner)
-
-    def for_mask(self, mask: Mask) -> SimulatedWorld:
-        """A view for a mask, as of ContextParallel."""
-        view = copy.copy(self)
-        view.mask = mask
-        return view
-
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
-        """`ringflash.attention` of FULL tensors (B, S, H, D), computed by all ranks in turn; returns full tensors. Differentiable."""
-        from ringflash.api import simulated_attention
-
-        return simulated_attention(self, q, k, v, **options)
-
-    def shards(self, x: Tensor, dim: int = 1) -> list[Tensor]:
-        """The rows of every rank."""
-        layout = self.layout_of(x.shape[dim])
-        return [take(x, layout, rank, dim) for rank in range(self.world)]
-
-    def unshards(self, pieces: Sequence[Tensor], dim: int = 1) -> Tensor:
-        """The full tensor from the rows of every rank."""
-        layout = self.layout_of(sum(p.shape[dim] for p in pieces))
-        full = torch.cat(list(pieces), dim)
-        return full.index_select(dim, torch.from_numpy(layout.inverse).to(full.device))

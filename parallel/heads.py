@@ -59,7 +59,7 @@ class HeadExchange:
         return [out.transpose(0, 1) for out in spread]
 
     def leave(self, tensors: Sequence[tuple[Tensor, bool]], heads: Sequence[int]) -> Turns:
-        """The reverse: the own heads of all members' rows -> all ``heads`` of the own rows; key heads of several members add up."""
+        """The reverse: own heads of all members' rows -> all ``heads`` of the own rows; shared key heads add up."""
         if self.members == 1:
             return [x for x, _ in tensors]
         results, sends, receives, arrivals = [], [], [], []

@@ -14,6 +14,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -105,10 +106,14 @@ class Layout:
         runs = tuple(tuple(Run(*(int(x) for x in run)) for run in rank) for rank in ranks)
         if any(r.length < 0 or r.start < 0 or r.stride < 1 for rank in runs for r in rank):
             raise ValueError(f"runs need start >= 0, length >= 0 and stride >= 1, got {runs}")
-        layout = cls(name, sum(r.length for rank in runs for r in rank), tuple(tuple(r for r in rank if r.length) for rank in runs))
+        layout = cls(
+            name, sum(r.length for rank in runs for r in rank), tuple(tuple(r for r in rank if r.length) for rank in runs)
+        )
         held = np.sort(np.concatenate([layout.positions(r) for r in range(layout.world)] or [np.empty(0, np.int64)]))
         if not np.array_equal(held, np.arange(layout.seqlen)):
-            raise ValueError(f"the runs hold {len(np.unique(held))} different positions of {layout.seqlen}; each must be held exactly once")
+            raise ValueError(
+                f"the runs hold {len(np.unique(held))} different positions of {layout.seqlen}; each must be held exactly once"
+            )
         if len({r.stride for rank in runs for r in rank if r.length > 1}) > 1:
             raise ValueError("all runs of a layout must have the same stride: only then is a mask a band between two of them")
         return layout
@@ -121,7 +126,9 @@ def make_layout(kind: str, seqlen: int, world: int, mask: Mask | None = None) ->
     """
     if kind == "balanced":
         if mask is None:
-            raise ValueError('layout "balanced" is decided by a mask: call cp.for_mask(mask) first and shard with what it returns')
+            raise ValueError(
+                'layout "balanced" is decided by a mask: call cp.for_mask(mask) first and shard with what it returns'
+            )
         mask.check(seqlen, seqlen)
         return _balanced(mask, seqlen, world)
     if kind not in KINDS:
@@ -145,7 +152,7 @@ def _plain(kind: str, seqlen: int, world: int) -> Layout:
 def _pieces(seqlen: int, n: int) -> list[Run]:
     """n runs in a row, their lengths differing by at most one."""
     cuts = [i * seqlen // n for i in range(n + 1)]
-    return [Run(a, b - a) for a, b in zip(cuts, cuts[1:], strict=False)]
+    return [Run(a, b - a) for a, b in pairwise(cuts)]
 
 
 @lru_cache(maxsize=64)

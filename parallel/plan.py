@@ -69,14 +69,18 @@ def make_schedule(spec: str | Schedule, world: int, ulysses: int = 1, inner: int
             raise ValueError(f'unknown schedule {spec!r}; allowed are {", ".join(SCHEDULES)}, "staged:K" or a Schedule object')
         if name == "ulysses":
             if ulysses not in (1, world):
-                raise ValueError(f'schedule "ulysses" uses all {world} ranks, got ulysses={ulysses}; use schedule="hybrid" for a part of them')
+                raise ValueError(
+                    f'schedule "ulysses" uses all {world} ranks, got ulysses={ulysses}; use schedule="hybrid" for a part of them'
+                )
             ulysses = world
         if name == "hybrid" and not 1 < ulysses < world:
             raise ValueError(f'schedule "hybrid" needs ulysses between 2 and {world - 1}, got {ulysses}')
         rings = world // max(ulysses, 1)
         if name == "double_ring":
             if inner is None or not 1 <= inner <= rings:
-                raise ValueError(f'schedule "double_ring" needs inner=, the ranks of one fast-linked group, 1 to {rings}; got {inner}')
+                raise ValueError(
+                    f'schedule "double_ring" needs inner=, the ranks of one fast-linked group, 1 to {rings}; got {inner}'
+                )
         elif inner not in (None, 1):
             raise ValueError(f'inner={inner} is for schedule "double_ring", got schedule {spec!r}')
         stage = {"allgather": max(rings - 1, 1), "staged": int(argument or 2)}.get(name, 1)
@@ -92,7 +96,7 @@ def make_schedule(spec: str | Schedule, world: int, ulysses: int = 1, inner: int
 
 
 class Route(NamedTuple):
-    """How one rank gets one chunk: posted at ``slot`` from ``source``, computed in ``step``; its gradient leaves at ``home_slot``."""
+    """How a rank gets a chunk: posted at ``slot`` by ``source``, computed in ``step``; its gradient leaves at ``home_slot``."""
 
     step: int
     slot: int
@@ -177,7 +181,7 @@ class Step:
 
 
 class HeadShare(NamedTuple):
-    """Heads one Ulysses member works on: query heads ``[q0, q1)``, key heads ``[k0, k1)``, and which of the latter each query head uses.
+    """Heads one Ulysses member works on: query heads ``[q0, q1)``, key heads ``[k0, k1)``, and which of these a query head uses.
 
     ``k_index`` is None where the shares keep a whole ratio (plain GQA); else one key head per query head, as an index into
     ``[k0, k1)``, and the keys are laid out once per query head.
@@ -250,15 +254,19 @@ class Plan:
 
     def rows_received(self) -> int:
         """Key rows that reach this rank in a forward pass."""
-        return sum(b - a for slot in self.posts for post in slot for t in post.transfers if t.dest == self.rank for a, b in t.ranges)
+        return sum(
+            b - a for slot in self.posts for post in slot for t in post.transfers if t.dest == self.rank for a, b in t.ranges
+        )
 
     def rows_sent(self) -> int:
         """Key rows this rank sends in a forward pass."""
-        return sum(b - a for slot in self.posts for post in slot for t in post.transfers if t.source == self.rank for a, b in t.ranges)
+        return sum(
+            b - a for slot in self.posts for post in slot for t in post.transfers if t.source == self.rank for a, b in t.ranges
+        )
 
 
 def head_shares(heads: int, kv_heads: int, members: int) -> tuple[HeadShare, ...]:
-    """Query heads cut as evenly as they go; every member gets the key heads its query heads use, shared ones in several places."""
+    """Query heads cut as evenly as they go; a member gets the key heads its query heads use, shared ones several times."""
     group = heads // kv_heads
     shares = []
     for member in range(members):
@@ -378,12 +386,12 @@ def lower(bands: Bands, q_runs: _Runs, k_runs: _Runs) -> _Lowered:
 
 
 def _reach(low: _Lowered, pair: IntArray, max_gap: int) -> dict[int, Ranges]:
-    """For every value of ``pair`` (one per band), the key rows its bands reach: disjoint ranges, joined over gaps up to max_gap."""
+    """For every value of ``pair`` (one per band), the key rows its bands reach: disjoint ranges, joined over short gaps."""
     if not len(pair):
         return {}
     order = np.lexsort((low.rows[:, 2], pair))
     who, start, stop = pair[order], low.rows[order, 2], low.rows[order, 3]
-    # A running maximum of the ends that starts anew at every value of pair: ends are lifted by a step per value, higher than any end.
+    # A running maximum of the ends that starts anew at every value of pair: ends are lifted by a step per value.
     lift = np.cumsum(np.concatenate([[0], who[1:] != who[:-1]])) * (int(stop.max()) + 1)
     reached = np.maximum.accumulate(stop + lift) - lift
     first = np.concatenate([[True], (who[1:] != who[:-1]) | (start[1:] > reached[:-1] + max_gap)])
@@ -426,7 +434,8 @@ def _join_neighbours(rows: IntArray, order: IntArray) -> IntArray:
     joins &= (index - begin) % 2 == 0
     joined = rows.copy()
     joined[:-1][joins] = union[joins]
-    return joined[~np.concatenate([[False], joins])]
+    kept: IntArray = joined[~np.concatenate([[False], joins])]
+    return kept
 
 
 def _parts(rows: IntArray, residue: IntArray, modulus: int) -> tuple[Part, ...]:
@@ -458,7 +467,7 @@ def _parts(rows: IntArray, residue: IntArray, modulus: int) -> tuple[Part, ...]:
 
 
 def _stage(low: _Lowered, by_owner: dict[int, IntArray], chunks: list[tuple[int, Ranges]]) -> Step:
-    """A stage of the given chunks: their ranges side by side in one buffer, and the bands (``by_owner``: their rows) moved there."""
+    """A stage of the given chunks: ranges side by side in one buffer, and the bands (``by_owner``: their rows) moved there."""
     placed, rows, residue, offset = [], [], [], 0
     for owner, ranges in chunks:
         placed.append(Chunk(owner, offset, ranges))

@@ -2,10 +2,11 @@
 
 from ringflash.api import attention
 from ringflash.mask import Mask
-from ringflash.parallel.context import ContextParallel, SimulatedWorld
+from ringflash.parallel.context import ContextParallel
 from ringflash.parallel.layout import Layout
 from ringflash.parallel.plan import Schedule
 from ringflash.parallel.transport import TransportError
+from ringflash.simulated import SimulatedWorld
 
 __all__ = ["ContextParallel", "Layout", "Mask", "Schedule", "SimulatedWorld", "TransportError", "attention"]
 __version__ = "0.1.0"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, overload
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from ringflash.autograd import Attention, Job
 from ringflash.kernels import Kernel, Problem, choose
 from ringflash.mask import Mask
-from ringflash.parallel.context import ContextParallel, SimulatedWorld
+from ringflash.parallel.context import ContextParallel
 from ringflash.parallel.layout import make_layout
 from ringflash.parallel.plan import Plan, PlanKey, Schedule, make_plan
 from ringflash.parallel.transport.simulated import Mailbox, Simulated
@@ -67,7 +67,9 @@ def check(
     if not isinstance(mask, Mask):
         raise ValueError(f"mask must be a ringflash.Mask such as Mask.causal(), got {type(mask).__name__}")
     if sinks is not None and (sinks.shape != (heads,) or not sinks.is_floating_point() or sinks.device != q.device):
-        raise ValueError(f"sinks must be floating point ({heads},) on {q.device}, got {sinks.dtype} {tuple(sinks.shape)} on {sinks.device}")
+        raise ValueError(
+            f"sinks must be floating point ({heads},) on {q.device}, got {sinks.dtype} {tuple(sinks.shape)} on {sinks.device}"
+        )
     if scale is not None and not (isinstance(scale, (int, float)) and math.isfinite(scale)):
         raise ValueError(f"scale must be a finite number or None for 1/sqrt(head_dim), got {scale!r}")
     if not (isinstance(softcap, (int, float)) and math.isfinite(softcap) and softcap >= 0):
@@ -79,7 +81,7 @@ def check(
     )  # fmt: skip
 
 
-def _kernel(call: Call, plan: Plan) -> Kernel:
+def kernel_for(call: Call, plan: Plan) -> Kernel:
     """The kernel for what a rank computes: after the head exchange, with the plan's Slices."""
     share = plan.share
     q_heads = max(share.q1 - share.q0, 1)
@@ -132,7 +134,7 @@ def _prepare(call: Call, cp: ContextParallel) -> tuple[Plan, Kernel]:
                     f"{name} has {local} rows on rank {cp.rank}, but layout {layout.name} of {layout.seqlen} tokens gives it "
                     f"{layout.lengths[cp.rank]}; shard with cp.shard (or tell the lengths with cp.for_lengths)"
                 )
-        kernel = _kernel(call, plan)
+        kernel = kernel_for(call, plan)
     except ValueError as error:
         cp.agreement.refuse(error)
         raise
@@ -141,11 +143,35 @@ def _prepare(call: Call, cp: ContextParallel) -> tuple[Plan, Kernel]:
 
 
 @overload
-def attention(q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[False] = ..., **options: Any) -> Tensor: ...
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Mask | None = ...,
+    scale: float | None = ...,
+    softcap: float = ...,
+    sinks: Tensor | None = ...,
+    cp: ContextParallel | None = ...,
+    backend: str = ...,
+    deterministic: bool = ...,
+    return_lse: Literal[False] = ...,
+) -> Tensor: ...
 @overload
-def attention(q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[True], **options: Any) -> tuple[Tensor, Tensor]: ...
-@overload
-def attention(q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool, **options: Any) -> Tensor | tuple[Tensor, Tensor]: ...
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Mask | None = ...,
+    scale: float | None = ...,
+    softcap: float = ...,
+    sinks: Tensor | None = ...,
+    cp: ContextParallel | None = ...,
+    backend: str = ...,
+    deterministic: bool = ...,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 def attention(
     q: Tensor,
     k: Tensor,
@@ -181,7 +207,7 @@ def attention(
     TransportError when a rank dies or stays silent. (Ring Attention, Liu et al. 2023; FlashAttention-2, Dao 2023.)
     """
     try:
-        mask = (cp._bound(mask) if cp is not None else mask) or Mask.full()
+        mask = (cp.bound(mask) if cp is not None else mask) or Mask.full()
         call = check(q, k, v, mask, scale, softcap, sinks, backend, deterministic, return_lse)
         if cp is not None and not isinstance(cp, ContextParallel):
             raise ValueError(f"cp must be a ringflash.ContextParallel, got {type(cp).__name__}")
@@ -193,14 +219,14 @@ def attention(
         raise
     if cp is None:
         plan = make_plan(_alone(mask, q.shape[1], k.shape[1], q.shape[2], k.shape[2]))
-        job = Job(plan, _kernel(call, plan), Simulated(Mailbox(), 0), call.scale, call.softcap, deterministic)
+        job = Job(plan, kernel_for(call, plan), Simulated(Mailbox(), 0), call.scale, call.softcap, deterministic)
     else:
         key = (call, cp.lengths, cp.last_seqlen, cp.mask)
         if key not in cp.agreed:
             cp.agreed[key] = _prepare(call, cp)
         plan, kernel = cp.agreed[key]
         job = Job(plan, kernel, cp.transport(q.device), call.scale, call.softcap, deterministic)
-    out, lse = Attention.apply((job,), *(_row_major(x) for x in (q, k, v)), sinks)  # type: ignore[no-untyped-call]
+    out, lse = Attention.apply((job,), *(row_major(x) for x in (q, k, v)), sinks)  # type: ignore[no-untyped-call]
     return (out, lse) if return_lse else out
 
 
@@ -210,38 +236,6 @@ def _alone(mask: Mask, q_len: int, k_len: int, heads: int, kv_heads: int) -> Pla
     return PlanKey(mask, q_layout, k_layout, Schedule(), heads, kv_heads, 0)
 
 
-def _row_major(x: Tensor) -> Tensor:
+def row_major(x: Tensor) -> Tensor:
     """Kernels take any strides but that of the last dim, which must be 1."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 and x.stride(-1) == 1 else x.contiguous()
-
-
-def simulated_attention(
-    world: SimulatedWorld,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    mask: Mask | None = None,
-    scale: float | None = None,
-    softcap: float = 0.0,
-    sinks: Tensor | None = None,
-    backend: str = "auto",
-    deterministic: bool = False,
-    return_lse: bool = False,
-    mailbox: Mailbox | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """`attention` of full tensors by a simulated world; arguments and returns as there. ``mailbox`` records the traffic."""
-    mask = world._bound(mask)
-    call = check(q, k, v, mask, scale, softcap, sinks, backend, deterministic, return_lse)
-    mask.check(q.shape[1], k.shape[1])
-    mailbox = mailbox or Mailbox()
-    jobs = []
-    for rank in range(world.world):
-        plan = world.plan(rank, mask, q.shape[1], k.shape[1], q.shape[2], k.shape[2])
-        jobs.append(Job(plan, _kernel(call, plan), Simulated(mailbox, rank), call.scale, call.softcap, deterministic))
-    pieces = zip(*(world.shards(_row_major(x)) for x in (q, k, v)), strict=True)
-    flat = [x for rank in pieces for x in (*rank, sinks)]
-    results = Attention.apply(tuple(jobs), *flat)  # type: ignore[no-untyped-call]
-    mailbox.assert_empty()
-    out = world.unshards(results[0::2])
-    return (out, world.unshards(results[1::2], dim=2)) if return_lse else out
+    return x if x.stride(-1) == 1 else x.contiguous()

@@ -84,7 +84,9 @@ def _whole(parts: Sequence[Part]) -> bool:
     return all(part.q_view == (0, 1) for part in parts)
 
 
-def forward_loop(job: Job, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Generator[None, None, tuple[Tensor, Tensor, Saved]]:
+def forward_loop(
+    job: Job, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None
+) -> Generator[None, None, tuple[Tensor, Tensor, Saved]]:
     """out (B, Sq, H, Dv) and lse (B, H, Sq) of the local rows, and what to save."""
     plan, kernel = job.plan, job.kernel
     heads = HeadExchange(plan, job.transport)
@@ -193,7 +195,7 @@ def backward_loop(
 def _delta(
     job: Job, heads: HeadExchange, saved: Saved, dout: Tensor | None, dlse: Tensor | None
 ) -> Generator[None, None, tuple[Tensor, Tensor]]:
-    """dout after the head exchange and ``delta = rowsum(dout * out) - dlse`` (B, h, Sq): once per pass, the same for every step."""
+    """dout after the head exchange, and ``delta = rowsum(dout * out) - dlse`` (B, h, Sq), the same for every step."""
     shape = (*saved.out.shape[:1], job.plan.q_lengths[job.plan.member], job.plan.key.heads, saved.out.shape[3])
     if dout is None:
         dout = saved.out.new_zeros(shape)
@@ -226,7 +228,8 @@ class Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, jobs: tuple[Job, ...], *tensors: Tensor | None) -> tuple[Tensor, ...]:
         """tensors: q, k, v, sinks of each job in turn. Returns out, lse of each job in turn."""
-        results = take_turns([forward_loop(job, *inputs) for job, inputs in zip(jobs, _by_job(tensors, 4), strict=True)])  # type: ignore[arg-type]
+        loops = [forward_loop(job, *inputs) for job, inputs in zip(jobs, _by_job(tensors, 4), strict=True)]  # type: ignore[arg-type]
+        results = take_turns(loops)
         ctx.jobs = jobs
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*(x for _, _, saved in results for x in saved.tensors()))

@@ -89,8 +89,12 @@ class Mask(ABC):
         """``map[q // block_size, k // block_size]`` of a bool matrix."""
         raw = np.asarray(map.detach().cpu() if isinstance(map, Tensor) else map)
         if raw.ndim != 2 or raw.dtype != np.bool_:
-            raise ValueError(f"a block map must be a 2-D bool matrix, got shape {raw.shape} of {raw.dtype}; convert it with .bool()")
-        return Blocks(raw.shape[0], raw.shape[1], np.ascontiguousarray(raw).tobytes(), _integer("block_size", block_size, at_least=1))
+            raise ValueError(
+                f"a block map must be a 2-D bool matrix, got shape {raw.shape} of {raw.dtype}; convert it with .bool()"
+            )
+        return Blocks(
+            raw.shape[0], raw.shape[1], np.ascontiguousarray(raw).tobytes(), _integer("block_size", block_size, at_least=1)
+        )
 
     @staticmethod
     def dilated(stride: int, window: int | None = None) -> Mask:

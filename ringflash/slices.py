@@ -131,12 +131,13 @@ class Slices(Sequence[Slice]):
     def full(self) -> npt.NDArray[np.bool_]:
         """(n,) bool: which Slices mask nothing inside their rectangle."""
         q0, q1, k0, k1, lo, hi = self.table.T
-        return (lo == k0 - q1 + 1) & (hi == k1 - 1 - q0)
+        full: npt.NDArray[np.bool_] = (lo == k0 - q1 + 1) & (hi == k1 - 1 - q0)
+        return full
 
     @property
     def simple(self) -> bool:
         """Whether no Slice has a lower bound: each is full, or a full rectangle beside a causal triangle."""
-        q0, q1, k0, _, lo, _ = self.table.T
+        _, q1, k0, _, lo, _ = self.table.T
         return bool((lo == k0 - q1 + 1).all())
 
     def area(self) -> int:

@@ -82,7 +82,7 @@ class Stages:
 
     def _stage(self, step: int) -> Tensor:
         if step not in self.buffers:
-            k, v = self.local
+            k = self.local[0]
             shape = (self.plan.steps[step].rows, k.shape[0], k.shape[2], sum(self.split))
             self.buffers[step] = k.new_empty(shape)
         return self.buffers[step]

@@ -43,7 +43,9 @@ class P2P:
 class Works:
     """Works under way. Holds the tensors: their memory must not be reused before the wait."""
 
-    def __init__(self, transport: P2P, label: Label, works: Sequence[dist.Work], peers: Sequence[int], tensors: Sequence[object]) -> None:
+    def __init__(
+        self, transport: P2P, label: Label, works: Sequence[dist.Work], peers: Sequence[int], tensors: Sequence[object]
+    ) -> None:
         self.transport, self.label, self.works, self.peers, self.tensors = transport, label, works, peers, tensors
 
     def wait(self) -> None:
@@ -73,5 +75,9 @@ def failure(
     what = f"did not answer within {timeout_s:g} s" if late else f"is gone (connection lost after {waited_s:.1f} s)"
     names = ", ".join(str(p) for p in peers)
     said = " ".join(text for p in peers if (text := ask(p)))
-    advice = "raise timeout_s (or RINGFLASH_TIMEOUT_S) if the rank is only slow" if late else "look at that rank's own output for the cause"
+    advice = (
+        "raise timeout_s (or RINGFLASH_TIMEOUT_S) if the rank is only slow"
+        if late
+        else "look at that rank's own output for the cause"
+    )
     return TransportError(f"rank {rank}, {label}: rank {names} {what}; {said}{advice} [{str(error).splitlines()[0][:160]}]")

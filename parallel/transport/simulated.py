@@ -26,7 +26,7 @@ class Mailbox:
         self.bytes_sent[source, dest] += tensor.numel() * tensor.element_size()
 
     def reserve(self, source: int, dest: int) -> tuple[int, int, int]:
-        """The next message of a pair, to be taken later: messages are matched when receives are posted, not when they are waited for."""
+        """A claim to a pair's next message: messages are matched when receives are posted, not when they are waited for."""
         self._asked[source, dest] += 1
         return source, dest, self._asked[source, dest] - 1
 
