@@ -1,4 +1,4 @@
-"""Slices in the shapes of other people's kernels, as arithmetic: every visible pair exactly once, under each library's own rules."""
+"""Slices in the shapes of other people's kernels, as arithmetic: every visible pair exactly once, by each library's own rules."""
 
 from __future__ import annotations
 

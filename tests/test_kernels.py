@@ -1,4 +1,4 @@
-"""The kernels that need no GPU, against float64 dense attention on the scores that the Slices show; and the choice of a kernel."""
+"""The kernels that need no GPU, against float64 dense attention on the pairs that the Slices show; and the choice of a kernel."""
 
 from __future__ import annotations
 
@@ -233,11 +233,11 @@ POISONED = ["causal", "window", "band_behind", "documents", "prefix", "gqa", "ch
 
 
 class TestPoison:
-    """A NaN or an infinity reaches the rows and keys that it would reach in dense attention on the visible pairs, and no others."""
+    """A NaN or an infinity reaches what it would reach in dense attention on the visible pairs, and nothing else."""
 
     @staticmethod
     def dense(inputs: Inputs, seen: Tensor) -> tuple[Tensor, ...]:
-        """out, dq, dk, dv by the formula, pair by pair: nothing is multiplied by an invisible pair's zero. One head, one batch."""
+        """out, dq, dk, dv of one head, pair by pair: nothing is multiplied by an invisible pair's zero."""
         q, k, v, dout = (x[0, :, 0] for x in (inputs.q, inputs.k, inputs.v, inputs.dout))
         scores = ((q[:, None] * k[None]).sum(-1) * q.shape[-1] ** -0.5).masked_fill(~seen, -torch.inf)
         p = scores.softmax(-1).masked_fill(~seen.any(1, keepdim=True), 0.0)
@@ -261,9 +261,7 @@ class TestPoison:
         result = run_kernel(kernel, inputs, [case.slices])
         for tensor, exact in zip(("out", "dq", "dk", "dv"), self.dense(inputs, seen), strict=True):
             got = getattr(result, tensor)[0, :, 0]
-            assert torch.equal(got.isfinite(), exact.isfinite()), (
-                f"{tensor} is finite where it should not be, or the other way round"
-            )
+            assert torch.equal(got.isfinite(), exact.isfinite()), f"{tensor} is finite in the wrong places"
             torch.testing.assert_close(got[exact.isfinite()], exact[exact.isfinite()], rtol=1e-12, atol=1e-12)
 
     @pytest.mark.parametrize("where", ["q", "k", "v", "dout"])
@@ -395,7 +393,7 @@ class TestChoice:
                 raise ModuleNotFoundError(f"No module named {error_name!r}", name=error_name)
 
             kernels.load.cache_clear()
-            monkeypatch.setattr(kernels.importlib, "import_module", import_module)
+            monkeypatch.setattr("importlib.import_module", import_module)
 
         missing("hopper", "ringflash.kernels.hopper")
         assert kernels.load("hopper") is None
