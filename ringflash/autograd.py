@@ -238,7 +238,7 @@ class Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        saved = [Saved(*tensors) for tensors in _by_job(ctx.saved_tensors, N_SAVED)]  # type: ignore[arg-type]
+        saved = [Saved(*tensors) for tensors in _by_job(ctx.saved_tensors, N_SAVED)]
         if all(g is None for g in grads):
             return (None,) * (1 + 4 * len(ctx.jobs))
         # A simulated rank whose output was not used takes part with zeros; so does dlse wherever one rank has one.
