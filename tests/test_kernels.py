@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 from collections.abc import Iterator
 from dataclasses import replace
@@ -393,7 +394,7 @@ class TestChoice:
                 raise ModuleNotFoundError(f"No module named {error_name!r}", name=error_name)
 
             kernels.load.cache_clear()
-            monkeypatch.setattr("importlib.import_module", import_module)
+            monkeypatch.setattr(importlib, "import_module", import_module)
 
         missing("hopper", "ringflash.kernels.hopper")
         assert kernels.load("hopper") is None
