@@ -31,6 +31,8 @@ class Sharding:
     """What ContextParallel and a simulated world have in common: a world, its layout, its schedule, and the plans of both."""
 
     def __init__(self, world: int, layout: str | Layout, schedule: str | Schedule, ulysses: int, inner: int | None) -> None:
+        if world < 1:
+            raise ValueError(f"a world needs at least 1 rank, got {world}")
         if isinstance(layout, Layout):
             if layout.world != world:
                 raise ValueError(f"the layout is for {layout.world} ranks, the group has {world}")

@@ -207,10 +207,13 @@ def attention(
     TransportError when a rank dies or stays silent. (Ring Attention, Liu et al. 2023; FlashAttention-2, Dao 2023.)
     """
     try:
-        mask = (cp.bound(mask) if cp is not None else mask) or Mask.full()
-        call = check(q, k, v, mask, scale, softcap, sinks, backend, deterministic, return_lse)
         if cp is not None and not isinstance(cp, ContextParallel):
             raise ValueError(f"cp must be a ringflash.ContextParallel, got {type(cp).__name__}")
+        if cp is not None:
+            mask = cp.bound(mask)
+        elif mask is None:
+            mask = Mask.full()
+        call = check(q, k, v, mask, scale, softcap, sinks, backend, deterministic, return_lse)
         if cp is None:
             mask.check(q.shape[1], k.shape[1])
     except ValueError as error:

@@ -73,11 +73,11 @@ def failure(
     """The error of a transfer that did not end: who waited for whom, in which step, and what the peer last said."""
     late = waited_s >= 0.9 * timeout_s
     what = f"did not answer within {timeout_s:g} s" if late else f"is gone (connection lost after {waited_s:.1f} s)"
-    names = ", ".join(str(p) for p in peers)
+    names = f"rank {peers[0]}" if len(peers) == 1 else f"one of ranks {', '.join(str(p) for p in peers)}"
     said = " ".join(text for p in peers if (text := ask(p)))
     advice = (
         "raise timeout_s (or RINGFLASH_TIMEOUT_S) if the rank is only slow"
         if late
         else "look at that rank's own output for the cause"
     )
-    return TransportError(f"rank {rank}, {label}: rank {names} {what}; {said}{advice} [{str(error).splitlines()[0][:160]}]")
+    return TransportError(f"rank {rank}, {label}: {names} {what}; {said}{advice} [{str(error).splitlines()[0][:160]}]")
