@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal, overload
 
 import torch
@@ -16,6 +17,9 @@ from ringflash.parallel.context import ContextParallel
 from ringflash.parallel.layout import make_layout
 from ringflash.parallel.plan import Plan, PlanKey, Schedule, make_plan
 from ringflash.parallel.transport.simulated import Mailbox, Simulated
+
+_NOBODY = Simulated(Mailbox(), 0)
+"""The transport of a plan that moves nothing."""
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -214,15 +218,13 @@ def attention(
         elif mask is None:
             mask = Mask.full()
         call = check(q, k, v, mask, scale, softcap, sinks, backend, deterministic, return_lse)
-        if cp is None:
-            mask.check(q.shape[1], k.shape[1])
     except ValueError as error:
         if isinstance(cp, ContextParallel):
             cp.agreement.refuse(error)
         raise
     if cp is None:
-        plan = make_plan(_alone(mask, q.shape[1], k.shape[1], q.shape[2], k.shape[2]))
-        job = Job(plan, kernel_for(call, plan), Simulated(Mailbox(), 0), call.scale, call.softcap, deterministic)
+        plan, kernel = _alone(call)
+        job = Job(plan, kernel, _NOBODY, call.scale, call.softcap, deterministic)
     else:
         key = (call, cp.lengths, cp.last_seqlen, cp.mask)
         if key not in cp.agreed:
@@ -233,10 +235,14 @@ def attention(
     return (out, lse) if return_lse else out
 
 
-def _alone(mask: Mask, q_len: int, k_len: int, heads: int, kv_heads: int) -> PlanKey:
-    """The plan of one device: the same path with one step."""
+@lru_cache(maxsize=1024)
+def _alone(call: Call) -> tuple[Plan, Kernel]:
+    """Plan and kernel of one device: the same path with one step. Raises ValueError for a mask that does not fit."""
+    (_, q_len, heads, _), (_, k_len, kv_heads, _) = call.q_shape, call.k_shape
+    call.mask.check(q_len, k_len)
     q_layout, k_layout = make_layout("contiguous", q_len, 1), make_layout("contiguous", k_len, 1)
-    return PlanKey(mask, q_layout, k_layout, Schedule(), heads, kv_heads, 0)
+    plan = make_plan(PlanKey(call.mask, q_layout, k_layout, Schedule(), heads, kv_heads, 0))
+    return plan, kernel_for(call, plan)
 
 
 def row_major(x: Tensor) -> Tensor:
