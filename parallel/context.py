@@ -173,11 +173,12 @@ class ContextParallel(Sharding):
         view.lengths = (int(q_len), int(k_len))
         return view
 
-    def global_lengths(self, q_local: int, k_local: int) -> tuple[int, int]:
-        """Global sequence lengths of local tensors: as given to for_lengths, as last sharded, or W times the local."""
+    def global_lengths(self, q_local: int, k_local: int, mask: Mask) -> tuple[int, int]:
+        """Global sequence lengths of local tensors: given by for_lengths, a Layout, the last shard, documents; else W times."""
         if self.lengths is not None:
             return self.lengths
-        for known in (self.layout.seqlen if isinstance(self.layout, Layout) else None, self.last_seqlen):
+        fixed = self.layout.seqlen if isinstance(self.layout, Layout) else None
+        for known in (fixed, self.last_seqlen, mask.total if isinstance(mask, Documents) else None):
             if known is not None and self.layout_of(known).lengths[self.rank] == q_local == k_local:
                 return known, known
         return q_local * self.world, k_local * self.world

@@ -21,6 +21,9 @@ from ringflash.parallel.transport.simulated import Mailbox, Simulated
 _NOBODY = Simulated(Mailbox(), 0)
 """The transport of a plan that moves nothing."""
 
+MAX_AGREED = 1024
+"""Calls a context remembers as agreed; packed documents bring a new one with every batch."""
+
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -129,7 +132,7 @@ def _facts(call: Call, plan: Plan, kernel: Kernel) -> dict[str, str]:
 def _prepare(call: Call, cp: ContextParallel) -> tuple[Plan, Kernel]:
     """Plan and kernel of a call, verified with the other ranks the first time."""
     try:
-        q_len, k_len = cp.global_lengths(call.q_shape[1], call.k_shape[1])
+        q_len, k_len = cp.global_lengths(call.q_shape[1], call.k_shape[1], call.mask)
         call.mask.check(q_len, k_len)
         plan = cp.plan(cp.rank, call.mask, q_len, k_len, call.q_shape[2], call.k_shape[2])
         for name, local, layout in (("q", call.q_shape[1], plan.key.q_layout), ("k and v", call.k_shape[1], plan.key.k_layout)):
@@ -228,6 +231,8 @@ def attention(
     else:
         key = (call, cp.lengths, cp.last_seqlen, cp.mask)
         if key not in cp.agreed:
+            if len(cp.agreed) >= MAX_AGREED:  # the ranks make the same calls in the same order, so all forget the same one
+                del cp.agreed[next(iter(cp.agreed))]
             cp.agreed[key] = _prepare(call, cp)
         plan, kernel = cp.agreed[key]
         job = Job(plan, kernel, cp.transport(q.device), call.scale, call.softcap, deterministic)

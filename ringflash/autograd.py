@@ -8,6 +8,7 @@ with one step.
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -229,7 +230,8 @@ class Attention(torch.autograd.Function):
     def forward(ctx: Any, jobs: tuple[Job, ...], *tensors: Tensor | None) -> tuple[Tensor, ...]:
         """tensors: q, k, v, sinks of each job in turn. Returns out, lse of each job in turn."""
         loops = [forward_loop(job, *inputs) for job, inputs in zip(jobs, _by_job(tensors, 4), strict=True)]  # type: ignore[arg-type]
-        results = take_turns(loops)
+        with _full_precision():
+            results = take_turns(loops)
         ctx.jobs = jobs
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*(x for _, _, saved in results for x in saved.tensors()))
@@ -249,7 +251,18 @@ class Attention(torch.autograd.Function):
                 shape = (state.lse.shape[0], job.plan.key.heads, job.plan.q_lengths[job.plan.member])
                 dlse = state.lse.new_zeros(shape)
             loops.append(backward_loop(job, state, dout, dlse))
-        return (None, *(x for result in take_turns(loops) for x in result))
+        with _full_precision():
+            return (None, *(x for result in take_turns(loops) for x in result))
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """Turns autocast off: it would round the float32 running state of every matrix product inside to bfloat16."""
+    devices = [d for d in ("cpu", "cuda") if torch.is_autocast_enabled(d)]
+    with ExitStack() as stack:
+        for device in devices:
+            stack.enter_context(torch.autocast(device, enabled=False))
+        yield
 
 
 def _by_job(tensors: Sequence[T], n: int) -> Iterator[tuple[T, ...]]:

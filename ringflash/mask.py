@@ -190,11 +190,15 @@ class Documents(Mask):
     def __repr__(self) -> str:
         return f"Documents({len(self.lengths)} of {sum(self.lengths)} tokens, causal={self.is_causal}, window={self.size})"
 
+    @property
+    def total(self) -> int:
+        """Tokens of all documents."""
+        return sum(self.lengths)
+
     def check(self, q_len: int, k_len: int) -> None:
-        total = sum(self.lengths)
-        if not total == q_len == k_len:
+        if not self.total == q_len == k_len:
             raise ValueError(
-                f"document lengths sum to {total}, but the sequence has {q_len} queries and {k_len} keys; "
+                f"document lengths sum to {self.total}, but the sequence has {q_len} queries and {k_len} keys; "
                 "they must be equal (append the padding as a last document)"
             )
 
