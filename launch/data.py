@@ -127,9 +127,8 @@ def load_corpus(path: str | None, *, pattern: str | None, validation: float, seq
     train = [d for d, out in zip(documents, held_out, strict=True) if not out]
     held = [d for d, out in zip(documents, held_out, strict=True) if out]
     if min(sum(map(len, train)), sum(map(len, held))) < seqlen:
-        text = np.concatenate(documents)
-        tail = max(int(len(text) * validation), seqlen)
-        train, held = [text[: max(len(text) - tail, 0)]], [text[max(len(text) - tail, 0) :]]
+        tail = max(int(sum(map(len, documents)) * validation), seqlen)
+        train, held = _cut_tail(documents, tail)
     digest = hashlib.blake2b(digest_size=8)
     for document in (*train, *held):
         digest.update(document.data)
@@ -168,6 +167,19 @@ def _read(root: Path, pattern: str) -> tuple[list[str], list[Bytes], int]:
         names.append(file.name if file == root else file.relative_to(root).as_posix())
         documents.append(np.frombuffer(bytes([SEPARATOR]) + content, np.uint8))
     return names, documents, skipped
+
+
+def _cut_tail(documents: Sequence[Bytes], tail: int) -> tuple[list[Bytes], list[Bytes]]:
+    """The documents in two lists, the second with the last ``tail`` bytes; the document across the border is cut."""
+    end = sum(map(len, documents))
+    border = max(end - tail, 0)
+    train, held, start = [], [], 0
+    for document in documents:
+        cut = min(max(border - start, 0), len(document))
+        train += [document[:cut]] if cut else []
+        held += [document[cut:]] if cut < len(document) else []
+        start += len(document)
+    return train, held
 
 
 def _fraction(name: str) -> float:

@@ -120,7 +120,8 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Decoder over bytes: ``forward(tokens_BS, context)`` gives this rank's logits (B, S, V) in float32 (float64 for a float64 model)."""
+    """Decoder over bytes: ``forward(tokens_BS, context)`` gives this rank's logits (B, S, V) in float32 (float64 for a float64
+    model)."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()

@@ -122,5 +122,4 @@ def plan_picture(trainer: Trainer, path: Path) -> None:
 
     model, documents = trainer.config.model, trainer.config.data.documents
     mask = trainer.mask_of(trainer.corpus.train.sample(0, documents=documents))
-    cp = trainer.cp.for_mask(mask) if trainer.config.parallel.layout == "balanced" else trainer.cp
-    draw_plan(cp, mask, trainer.config.seqlen, model.heads, model.kv_heads, model.head_dim, path)
+    draw_plan(trainer.placed(mask), mask, trainer.config.seqlen, model.heads, model.kv_heads, model.head_dim, path)

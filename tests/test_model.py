@@ -26,7 +26,7 @@ def make_model(**changes: object) -> GPT:
     model = GPT(ModelConfig(**{**SMALL, **changes})).double()  # type: ignore[arg-type]
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += 0.1 * torch.randn_like(parameter)
+            parameter.add_(0.1 * torch.randn_like(parameter))
     return model
 
 
@@ -47,7 +47,7 @@ def one_device(seqlen: int, lengths: list[int] | None, windows: list[int]) -> li
         for end in torch.tensor(lengths).cumsum(0):
             labels[0, end - 1] = -100
     loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
 
 
@@ -57,7 +57,7 @@ def on_rank(rank: int, seqlen: int, layout: str, lengths: list[int] | None, wind
     cp = rf.ContextParallel(None, layout=layout).for_mask(mask)
     logits = model(cp.shard(tokens), Context(cp, cp.position_ids(seqlen), model.masks(mask)))
     loss = cp.cross_entropy(logits, cp.shard_labels(tokens))
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     for gradient in gradients:
         dist.all_reduce(gradient)

@@ -1,4 +1,4 @@
-"""Ranks started by mpirun or srun: their variables, the bootstrap with and without mpi4py, and the real thing where MPI is installed."""
+"""Ranks started by mpirun or srun: their variables, bootstrap with and without mpi4py, the real thing where MPI is installed."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
         ({"PMI_RANK": "1"}, "mpi"),
         ({"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "8"}, "slurm"),
         ({"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "8", "PMI_RANK": "3"}, "slurm"),  # srun --mpi=pmi2
-        ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2", "OMPI_COMM_WORLD_RANK": "5"}, "mpi"),  # mpirun's daemons run under srun
+        ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2", "OMPI_COMM_WORLD_RANK": "5"}, "mpi"),  # mpirun's daemons
         ({"SLURM_PROCID": "0"}, None),  # a batch script is no task of a step
         ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}, None),  # an interactive shell
     ],
@@ -158,7 +158,7 @@ def test_store_takes_the_port_the_system_gave(clean: pytest.MonkeyPatch) -> None
         "LOCAL_WORLD_SIZE": "1",
         "MASTER_ADDR": "127.0.0.1",
     }
-    assert int(os.environ["MASTER_PORT"]) == store.port
+    assert int(os.environ["MASTER_PORT"]) == store.port  # type: ignore[attr-defined]
 
 
 @pytest.mark.skipif(
