@@ -421,8 +421,18 @@ def _fact(name: str, text: str) -> str:
 
 
 def mask_text(mask: Mask) -> str:
-    """A mask in a few words."""
-    return " & ".join(repr(part) for part in mask._parts())
+    """A mask in a few words: its name, and its options that are set."""
+    return " & ".join(_mask_text(part) for part in mask._parts())
+
+
+def _mask_text(mask: Mask) -> str:
+    if mask == Mask.full():
+        return "full"
+    name, _, options = repr(mask).partition("(")
+    told = ", ".join(option for option in options.removesuffix(")").split(", ") if not option.endswith("=None"))
+    if name in ("Causal", "Dilated"):
+        told = told.replace("size=", "window=")  # as their constructors spell it
+    return f"{name.lower()}({told})" if told else name.lower()
 
 
 def size_text(nbytes: float) -> str:
@@ -432,6 +442,13 @@ def size_text(nbytes: float) -> str:
             break
         nbytes /= 1024
     return f"{nbytes:.0f} {unit}" if nbytes >= 100 or nbytes == int(nbytes) else f"{nbytes:.3g} {unit}"
+
+
+def time_text(seconds: float) -> str:
+    """A duration with three digits."""
+    if seconds >= 1:
+        return f"{seconds:.3g} s" if seconds < 100 else f"{seconds:,.0f} s"
+    return f"{1e3 * seconds:.3g} ms"
 
 
 def count_text(n: float) -> str:
@@ -452,12 +469,12 @@ def _runs_text(plan: Plan) -> str:
 def _pass_text(name: str, forecast: Forecast, backward: bool) -> str:
     times = forecast.backward if backward else forecast.forward
     rate = forecast.flop(backward) / times.total_s / 1e12 if times.total_s else 0.0
-    parts = [f"{1e3 * times.compute_s:.4g} computing", f"{1e3 * times.exposed_s:.4g} waiting"]
+    parts = [f"{time_text(times.compute_s)} computing", f"{time_text(times.exposed_s)} waiting"]
     heads = times.enter_s + times.leave_s
     if heads:
-        parts.append(f"of that {1e3 * heads:.4g} for the exchange of heads")
+        parts.append(f"of that {time_text(heads)} for the exchange of heads")
     rate_text = f"{rate:.0f} TFLOP/s" if rate >= 1 else f"{1e3 * rate:.0f} GFLOP/s"
-    return f"{name:<10} {1e3 * times.total_s:.4g} ms: {', '.join(parts)}; {rate_text} of visible pairs"
+    return f"{name:<10} {time_text(times.total_s)}: {', '.join(parts)}; {rate_text} of visible pairs"
 
 
 def _table(plan: Plan, forecast: Forecast) -> list[str]:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ringflash import env
+from ringflash.parallel.plan import Schedule
 
 MB = 1 << 20
 
@@ -164,6 +165,13 @@ def measured(kind: str, path: Path | None = None) -> Tables:
     if not path.is_file():
         return DEFAULTS[kind]
     return read(path).get(kind, DEFAULTS[kind])
+
+
+def for_schedule(tables: Tables, schedule: Schedule) -> Tables:
+    """The tables, with a double ring's inner group as the node: that is what it says about the links."""
+    if schedule.name != "double_ring":
+        return tables
+    return replace(tables, link=replace(tables.link, node=schedule.inner * schedule.ulysses))
 
 
 def read(path: Path) -> dict[str, Tables]:
