@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -60,6 +60,7 @@ class Case:
     world: int = 4
     ulysses: int = 1
     inner: int | None = None
+    trim: bool = True
     max_gap: int = MAX_GAP
     q_len: int = 32
     k_len: int = 32
@@ -84,6 +85,10 @@ class Case:
     @property
     def torch_dtype(self) -> torch.dtype:
         return DTYPES[self.dtype]
+
+    def with_world(self, world: int) -> Case:
+        """The same case on another number of ranks."""
+        return replace(self, world=world)
 
     def build_mask(self) -> Mask:
         mask = read_mask(self.mask)
@@ -147,6 +152,7 @@ def draw(seed: int, *, worlds: Sequence[int] = (1, 2, 3, 4, 5, 6, 7, 8), max_len
         world=world,
         ulysses=ulysses,
         inner=inner,
+        trim=not d.chance(0.1),
         max_gap=d.one_of([0, 1, MAX_GAP]),
         q_len=q_len,
         k_len=k_len,

@@ -45,7 +45,8 @@ class Results:
 
     def cpu(self) -> Results:
         """The same in host memory."""
-        return Results(*(None if x is None else x.cpu() for x in (getattr(self, f.name) for f in fields(self))))
+        dsinks = None if self.dsinks is None else self.dsinks.cpu()
+        return Results(self.out.cpu(), self.lse.cpu(), self.dq.cpu(), self.dk.cpu(), self.dv.cpu(), dsinks)
 
 
 def visibility(mask: Mask, q_len: int, k_len: int) -> Tensor:

@@ -28,8 +28,7 @@ def simulate(case: Case, inputs: Inputs | None = None) -> Results:
     inputs = make_inputs(case) if inputs is None else inputs
     mask = case.build_mask()
     world = SimulatedWorld(case.world, case.build_layout(), case.schedule, ulysses=case.ulysses, inner=case.inner)
-    if hasattr(world, "max_gap"):
-        world.max_gap = case.max_gap
+    world.trim, world.max_gap = case.trim, case.max_gap
     leaves = _leaves(inputs)
     out, lse = world.for_mask(mask).attention(
         *leaves[:3],
@@ -59,6 +58,7 @@ def run_on_rank(rank: int, case: Case, device: str = "cpu", timeout_s: float = 6
         transport=case.transport,
         timeout_s=timeout_s,
     ).for_mask(mask)
+    cp.trim, cp.max_gap = cp.trim and case.trim, case.max_gap
     if case.q_len != case.k_len:
         cp = cp.for_lengths(case.q_len, case.k_len)
     q, dout = (cp.shard(x, dim=1) for x in (inputs.q, inputs.dout))
