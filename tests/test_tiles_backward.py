@@ -31,7 +31,7 @@ CASES = {
 }
 
 
-def visible(rows: list[tuple[int, ...]], q_len: int, k_len: int) -> np.ndarray:
+def visible(rows: list[tuple[int, int, int, int, int, int]], q_len: int, k_len: int) -> np.ndarray:
     i, j = np.arange(q_len)[:, None], np.arange(k_len)[None, :]
     seen = np.zeros((q_len, k_len), dtype=int)
     for q0, q1, k0, k1, lo, hi in rows:
@@ -78,10 +78,18 @@ def test_every_visible_pair_is_computed_once(
     rows = CASES[name]
     q_len, k_len = max((r[1] for r in rows), default=10), max((r[3] for r in rows), default=10)
     shape = Shape(q_len, k_len, batch, heads, kv_heads, 128, ROWS, KEYS, ctas)
-    work = work_list(Slices.from_rows(rows), shape, deterministic)
+    work = work_list(Slices.from_rows(rows), shape, deterministic=deterministic)
     expected = np.broadcast_to(visible(rows, q_len, k_len), (batch, heads, q_len, k_len))
     np.testing.assert_array_equal(covered(work, shape), expected)
     assert abs(work.bands).max(initial=0) <= 2 * FAR
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_list_for_writing_gives_each_key_to_one_item(deterministic: bool) -> None:
+    shape = Shape(2000, 2000, 2, 8, 2, 128, ROWS, KEYS, 132)
+    work = work_list(Slices.causal(2000, 2000), shape, deterministic=deterministic, write=True)
+    owners = [(tile, batch, kv_head) for _, _, _, batch, kv_head, _, _, tile in work.items.tolist()]
+    assert len(owners) == len(set(owners)) == 2 * 2 * 16
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -89,7 +97,7 @@ def test_turns_number_the_visits_of_a_query_tile_in_the_order_of_the_list(name: 
     rows = CASES[name]
     q_len, k_len = max((r[1] for r in rows), default=10), max((r[3] for r in rows), default=10)
     shape = Shape(q_len, k_len, 1, 2, 1, 128, ROWS, KEYS, 132)
-    work = work_list(Slices.from_rows(rows), shape, True)
+    work = work_list(Slices.from_rows(rows), shape, deterministic=True)
     assert work.visits is not None and work.visit_offsets is not None
     done = np.zeros(-(-q_len // ROWS), dtype=int)
     for run_begin, run_end, *_, tile in work.items.tolist():
@@ -104,13 +112,13 @@ def test_turns_number_the_visits_of_a_query_tile_in_the_order_of_the_list(name: 
 def test_the_visits_of_a_long_causal_sequence_are_linear_in_its_length() -> None:
     n = 1 << 17
     shape = Shape(n, n, 1, 1, 1, 128, ROWS, KEYS, 132)
-    work = work_list(Slices.causal(n, n), shape, True)
+    work = work_list(Slices.causal(n, n), shape, deterministic=True)
     assert work.visits is not None and len(work.visits) == n // ROWS
     assert len(work.runs) <= 3 * n // KEYS
 
 
 def test_long_items_come_first_and_the_end_of_the_list_is_divided() -> None:
     shape = Shape(16384, 16384, 1, 16, 16, 128, ROWS, KEYS, 132)
-    work = work_list(Slices.full_rectangle(16384, 16384), shape, False)
+    work = work_list(Slices.full_rectangle(16384, 16384), shape)
     steps = [int((work.runs[a:b, 1] - work.runs[a:b, 0]).sum()) for a, b in work.items[:, :2]]
     assert steps[0] == 256 and steps[-1] <= 8 and sum(steps) == 16 * 128 * 256

@@ -12,6 +12,9 @@ int with_backward_tile(int head_dim, int head_dim_v, const Use& use) {
   if (d <= 64) return use(NarrowTile<64, 128>{});
   if (d <= 96) return use(NarrowTile<96, 64>{});
   if (d <= 128) return use(NarrowTile<128, 64>{});
+  if (d <= 192 && head_dim_v <= 128) return use(Wide192V128{});
+  if (d <= 192) return use(Wide192{});
+  if (d <= 256) return use(Wide256{});
   return RF_ERROR_UNSUPPORTED;
 }
 

@@ -12,8 +12,8 @@ struct RfHopperBackwardParams {
   const float* lse;      // (B, H, Sq) of the whole softmax, natural log; -inf: the row sees nothing anywhere; stride of S is 1
   const float* delta;    // (B, H, Sq) rowsum(dout * out) - dlse; strides of lse
   float* dq;             // (B, Sq, H, D)
-  float* dk;             // (B, Sk, Hkv, D)
-  float* dv;             // (B, Sk, Hkv, Dv)
+  void* dk;              // (B, Sk, Hkv, D) float32 to add to, or, with `store`, of q's type to write
+  void* dv;              // (B, Sk, Hkv, Dv)
   const int32_t* items;  // (item_count, 8), runs (n, 4), bands (n, 8): see ringflash/kernels/tiles_backward.py
   const int32_t* runs;
   const int32_t* bands;
@@ -29,6 +29,8 @@ struct RfHopperBackwardParams {
   int32_t ctas;   // multiprocessors to use
   float scale;
   float softcap;  // 0: none
+  int32_t store;  // 1: dk, dv are written; every key must be in one item only, and keys in no item are left alone
+  int32_t reserved;
 };
 
 /// RF_ERROR_UNSUPPORTED: no kernel for these head dims or this device; RF_ERROR_ALIGNMENT: a tensor map was refused.
@@ -50,5 +52,5 @@ struct RfDeltaParams {
   int32_t reserved;
 };
 RF_API int rf_delta(const struct RfDeltaParams* params, void* stream);
-static_assert(sizeof(RfHopperBackwardParams) == 376 && sizeof(RfDeltaParams) == 160,
+static_assert(sizeof(RfHopperBackwardParams) == 384 && sizeof(RfDeltaParams) == 160,
               "ringflash/kernels/hopper_backward.py mirrors these structs");

@@ -15,8 +15,9 @@ constexpr float kLogE2 = 0.6931471805599453f;
 struct BackwardParams {
   const float* lse;          // (B, H, Sq)
   const float* delta;        // (B, H, Sq)
-  float* dk;                 // (B, Sk, Hkv, D)
-  float* dv;                 // (B, Sk, Hkv, Dv)
+  float* dq;                 // (B, Sq, H, D)
+  void* dk;                  // (B, Sk, Hkv, D) float32 to add to, or of q's type to write
+  void* dv;                  // (B, Sk, Hkv, Dv)
   const int4* items;         // (item_count, 2)
   const int4* runs;          // (n)
   const int4* bands;         // (n, 2)
@@ -25,8 +26,10 @@ struct BackwardParams {
   int* turns;                // (B, H, query tiles)
   unsigned* counter;
   int64_t lse_batch_stride, lse_head_stride, delta_batch_stride, delta_head_stride;
+  int64_t dq_batch_stride, dq_seq_stride, dq_head_stride;
   int64_t dk_batch_stride, dk_seq_stride, dk_head_stride, dv_batch_stride, dv_seq_stride, dv_head_stride;
   int q_len, k_len, heads, heads_per_kv_head, head_dim, head_dim_v, item_count, q_tiles;
+  bool store;
   unsigned last_claim;  // item_count + CTAs - 1, the last value the counter takes
   float scale;          // of dS: d(scores) / d(q.k); with a softcap still to be multiplied by 1 - tanh^2
   float scale_log2;     // exponent = q.k * scale_log2 - lse * log2(e); with a softcap the cap * log2(e)
@@ -112,6 +115,48 @@ __device__ __forceinline__ void walk_items(const BackwardParams& p, Shared& s, i
   ptx::mbarrier_arrive(&s.step_told[i % kStepRing]);
 }
 
+/// The producer thread: walks the work list and copies the tiles of each step. Shared memory tiles are [panel][row][64]. Where
+/// s.k has two buffers, the keys of the next item arrive while this one is worked on.
+template <int Rows, int Keys, int Panels, int PanelsV, class Shared>
+__device__ __forceinline__ void produce_tiles(const BackwardParams& p, Shared& s, const CUtensorMap* q_map,
+                                              const CUtensorMap* k_map, const CUtensorMap* v_map, const CUtensorMap* dout_map) {
+  ptx::prefetch_tensor_map(q_map), ptx::prefetch_tensor_map(k_map);
+  ptx::prefetch_tensor_map(v_map), ptx::prefetch_tensor_map(dout_map);
+  walk_items(p, s, Rows, [&](int i, const Step& step) {
+    const int stage = i & 1, phase = (i >> 1) & 1;
+    ptx::mbarrier_wait(&s.q_free[stage], phase ^ 1);
+    ptx::mbarrier_arrive_expect(&s.q_full[stage], sizeof(s.q[0]));
+#pragma unroll 1
+    for (int c = 0; c < Panels; c++)
+      ptx::tensor_load(s.q[stage] + c * Rows * 64, q_map, &s.q_full[stage], c * 64, step.first_row, step.head, step.batch,
+                       ptx::kEvictLast);
+    if (step.flags & kFirst) {
+      constexpr int kBuffers = sizeof(s.k) / sizeof(s.k[0]);
+      const int buffer = s.walk.items % kBuffers;
+      ptx::mbarrier_wait(&s.k_free[buffer], (s.walk.items / kBuffers & 1) ^ 1);
+      ptx::mbarrier_arrive_expect(&s.k_full[buffer], sizeof(s.k[0]));
+#pragma unroll 1
+      for (int c = 0; c < Panels; c++)
+        ptx::tensor_load(s.k[buffer] + c * Keys * 64, k_map, &s.k_full[buffer], c * 64, step.first_key, step.kv_head, step.batch,
+                         ptx::kEvictFirst);
+    }
+    ptx::mbarrier_wait(&s.dout_free[stage], phase ^ 1);
+    ptx::mbarrier_arrive_expect(&s.dout_full[stage], sizeof(s.dout[0]));
+#pragma unroll 1
+    for (int c = 0; c < PanelsV; c++)
+      ptx::tensor_load(s.dout[stage] + c * Rows * 64, dout_map, &s.dout_full[stage], c * 64, step.first_row, step.head,
+                       step.batch, ptx::kEvictLast);
+    if (step.flags & kFirst) {
+      ptx::mbarrier_wait(&s.v_free, (s.walk.items & 1) ^ 1);
+      ptx::mbarrier_arrive_expect(&s.v_full, sizeof(s.v));
+#pragma unroll 1
+      for (int c = 0; c < PanelsV; c++)
+        ptx::tensor_load(s.v + c * Keys * 64, v_map, &s.v_full, c * 64, step.first_key, step.kv_head, step.batch,
+                         ptx::kEvictFirst);
+    }
+  });
+}
+
 /// The statistics of a step, by one warp. Rows past the end get P = 0.
 template <int Rows, int Keys, class Shared>
 __device__ __forceinline__ void produce_statistics(const BackwardParams& p, Shared& s, int lane) {
@@ -176,6 +221,56 @@ __device__ __forceinline__ void add_rows(float* row, const float (&d)[N], int la
   }
 }
 
+/// Writes this lane's part of a 64 x 2N accumulator to rows of 2-byte elements. The four lanes of a quad exchange blocks of eight
+/// columns, so that each writes 16 bytes. row: the upper of the lane's two rows, at column 8 * (lane % 4); lower: eight rows
+/// below.
+template <class T, int N>
+__device__ __forceinline__ void store_rows(T* row, int64_t eight_rows, const float (&d)[N], int lane, bool inside,
+                                           bool inside_lower, int columns) {
+  static_assert(N % 16 == 0, "blocks of 32 columns");
+  const bool odd = lane & 1, high = lane & 2;
+#pragma unroll
+  for (int r = 0; r < 2; r++) {
+#pragma unroll
+    for (int j = 0; j < N / 4; j += 4) {
+      uint32_t w[4];
+#pragma unroll
+      for (int i = 0; i < 4; i++) w[i] = ptx::pack<T>(d[(j + i) * 4 + 2 * r], d[(j + i) * 4 + 2 * r + 1]);
+      // Transposes the 4 x 4 words of the quad: lane c ends with block j + c.
+#pragma unroll
+      for (int i = 0; i < 4; i += 2) {
+        const uint32_t other = __shfl_xor_sync(~0u, odd ? w[i] : w[i + 1], 1);
+        if (odd)
+          w[i] = other;
+        else
+          w[i + 1] = other;
+      }
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        const uint32_t other = __shfl_xor_sync(~0u, high ? w[i] : w[i + 2], 2);
+        if (high)
+          w[i] = other;
+        else
+          w[i + 2] = other;
+      }
+      if ((r ? inside_lower : inside) && (j + lane % 4) * 8 < columns)
+        *reinterpret_cast<uint4*>(row + r * eight_rows + j * 8) = make_uint4(w[0], w[1], w[2], w[3]);
+    }
+  }
+}
+/// dk or dv of this lane's keys first_row and + 8 of a 64 x 2N accumulator: added to float32, or written as T.
+template <class T, int N>
+__device__ __forceinline__ void finish_gradient(void* base, bool store, int64_t offset, int64_t seq_stride, int first_row,
+                                                int length, const float (&d)[N], int lane, int columns) {
+  if (store) {
+    T* to = static_cast<T*>(base) + offset + first_row * seq_stride + (lane & 3) * 8;
+    store_rows(to, 8 * seq_stride, d, lane, first_row < length, first_row + 8 < length, columns);
+  } else {
+    const int row = first_row + (lane & 1) * 8;
+    add_rows(static_cast<float*>(base) + offset + row * seq_stride + (lane & 2) * 2, d, lane, row < length, columns);
+  }
+}
+
 /// Deterministic mode. A query tile is added to by key tiles from the last to the first, passes over one tile in turn; the
 /// turn of key tile `tile` is how many visits come before it. The work list hands out key tiles in the same order, so whoever is
 /// waited for has started: no deadlock. Last to first, because under a causal mask that is the order in which they arrive.
@@ -212,6 +307,40 @@ __device__ __forceinline__ void cap_scores(float (&x)[N], const BackwardParams& 
 __device__ __forceinline__ float cap_slope(float probability, float negative_lse, float inverse_cap) {
   const float t = fmaxf(fminf((__log2f(probability) - negative_lse) * inverse_cap, 1.f), -1.f);
   return fmaf(-t, t, 1.f);
+}
+
+/// x = exp2(x * scale_log2 - lse * log2 e): P^T from q.k, or from capped scores. negative_lse: of this lane's first query, in
+/// shared memory.
+template <bool Softcap, int N>
+__device__ __forceinline__ void exponentiate(float (&x)[N], const float* negative_lse, float scale_log2) {
+#pragma unroll
+  for (int j = 0; j < N / 4; j++) {
+    const float2 l = *reinterpret_cast<const float2*>(negative_lse + j * 8);
+#pragma unroll
+    for (int e = 0; e < 4; e++) {
+      const float shift = (e & 1) ? l.y : l.x;
+      x[j * 4 + e] = ptx::exp2_approx(Softcap ? x[j * 4 + e] + shift : fmaf(x[j * 4 + e], scale_log2, shift));
+    }
+  }
+}
+/// a, on entry P^T in pairs, becomes scale * dS^T = P (dP * scale - delta * scale), x being dP^T; with a softcap times 1 -
+/// tanh^2.
+template <class T, bool Softcap, int N>
+__device__ __forceinline__ void score_gradients(uint32_t (&a)[N / 2], const float (&x)[N], const float* negative_delta,
+                                                const float* negative_lse, const BackwardParams& p) {
+#pragma unroll
+  for (int j = 0; j < N / 4; j++) {
+    const float2 delta = *reinterpret_cast<const float2*>(negative_delta + j * 8);
+    float2 l = {};
+    if (Softcap) l = *reinterpret_cast<const float2*>(negative_lse + j * 8);
+#pragma unroll
+    for (int e = 0; e < 2; e++) {
+      const float2 prob = ptx::unpack<T>(a[2 * j + e]);
+      float left = fmaf(x[j * 4 + 2 * e], p.scale, delta.x), right = fmaf(x[j * 4 + 2 * e + 1], p.scale, delta.y);
+      if (Softcap) left *= cap_slope(prob.x, l.x, p.inverse_cap), right *= cap_slope(prob.y, l.y, p.inverse_cap);
+      a[2 * j + e] = ptx::pack<T>(prob.x * left, prob.y * right);
+    }
+  }
 }
 
 }  // namespace ringflash

@@ -50,19 +50,21 @@ int backward_arguments(const RfHopperBackwardParams& c, CUtensorMap (&maps)[5], 
           backward_map(&maps[3], type, c.dout, c.dout_strides, c.batch, c.q_len, c.heads, c.head_dim_v, Tile::kRows) &&
           backward_map(&maps[4], CU_TENSOR_MAP_DATA_TYPE_FLOAT32, c.dq, c.dq_strides, c.batch, c.q_len, c.heads, c.head_dim, 64),
       RF_ERROR_ALIGNMENT);
-  p.lse = c.lse, p.delta = c.delta, p.dk = c.dk, p.dv = c.dv;
+  p.lse = c.lse, p.delta = c.delta, p.dq = c.dq, p.dk = c.dk, p.dv = c.dv;
   p.items = reinterpret_cast<const int4*>(c.items), p.runs = reinterpret_cast<const int4*>(c.runs);
   p.bands = reinterpret_cast<const int4*>(c.bands);
   p.visit_offsets = c.visit_offsets, p.visits = reinterpret_cast<const int2*>(c.visits), p.turns = c.turns;
   p.counter = reinterpret_cast<unsigned*>(c.counter);
   p.lse_batch_stride = c.lse_batch_stride, p.lse_head_stride = c.lse_head_stride;
   p.delta_batch_stride = c.delta_batch_stride, p.delta_head_stride = c.delta_head_stride;
+  p.dq_batch_stride = c.dq_strides.batch, p.dq_seq_stride = c.dq_strides.seq, p.dq_head_stride = c.dq_strides.head;
   p.dk_batch_stride = c.dk_strides.batch, p.dk_seq_stride = c.dk_strides.seq, p.dk_head_stride = c.dk_strides.head;
   p.dv_batch_stride = c.dv_strides.batch, p.dv_seq_stride = c.dv_strides.seq, p.dv_head_stride = c.dv_strides.head;
   p.q_len = c.q_len, p.k_len = c.k_len, p.heads = c.heads, p.heads_per_kv_head = c.heads / c.kv_heads;
   p.head_dim = c.head_dim, p.head_dim_v = c.head_dim_v, p.item_count = c.item_count;
   p.q_tiles = (c.q_len + Tile::kRows - 1) / Tile::kRows;
   p.last_claim = static_cast<unsigned>(c.item_count + c.ctas - 1);
+  p.store = c.store != 0;
   p.scale = c.scale;
   p.scale_log2 = (c.softcap > 0.f ? c.softcap : c.scale) * kLog2E;
   p.tanh_exponent = c.softcap > 0.f ? 2.f * kLog2E * c.scale / c.softcap : 0.f;

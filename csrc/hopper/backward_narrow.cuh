@@ -19,7 +19,7 @@ namespace ringflash {
 template <class Tile>
 struct __align__(1024) NarrowShared {
   static constexpr int kPanelRows = 64 * Tile::kPanels;
-  uint16_t k[Tile::kKeys * kPanelRows];  // [panel][key][64], 128-byte swizzle; so are all below
+  uint16_t k[2][Tile::kKeys * kPanelRows];  // [panel][key][64], 128-byte swizzle; so are all below
   uint16_t v[Tile::kKeys * kPanelRows];
   uint16_t q[2][Tile::kRows * kPanelRows];  // [stage][panel][query][64]
   uint16_t dout[2][Tile::kRows * kPanelRows];
@@ -28,7 +28,7 @@ struct __align__(1024) NarrowShared {
   Statistics<Tile::kRows, Tile::kKeys> statistics[2];
   Step steps[kStepRing];
   Walk walk;
-  uint64_t k_full, v_full, k_free, v_free;
+  uint64_t k_full[2], k_free[2], v_full, v_free;
   uint64_t q_full[2], q_free[2], dout_full[2], dout_free[2], ds_full[2], ds_free[2];
   uint64_t step_told[kStepRing];
 };
@@ -44,9 +44,9 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   Shared& s = *reinterpret_cast<Shared*>(raw);
   const int warpgroup = threadIdx.x / 128, thread = threadIdx.x % 128, lane = thread % 32;
   if (threadIdx.x == 0) {
-    ptx::mbarrier_init(&s.k_full, 1), ptx::mbarrier_init(&s.v_full, 1);
-    ptx::mbarrier_init(&s.k_free, 12), ptx::mbarrier_init(&s.v_free, 8);  // one arrival per warp
+    ptx::mbarrier_init(&s.v_full, 1), ptx::mbarrier_init(&s.v_free, 8);  // one arrival per warp
     for (int i = 0; i < 2; i++) {
+      ptx::mbarrier_init(&s.k_full[i], 1), ptx::mbarrier_init(&s.k_free[i], 12);
       ptx::mbarrier_init(&s.q_full[i], 2), ptx::mbarrier_init(&s.dout_full[i], 1);
       ptx::mbarrier_init(&s.q_free[i], 8), ptx::mbarrier_init(&s.dout_free[i], 8);
       ptx::mbarrier_init(&s.ds_full[i], 8), ptx::mbarrier_init(&s.ds_free[i], 4);
@@ -59,38 +59,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   if (warpgroup == 0) {
     ptx::registers_lower<Tile::kProducerRegisters>();
     if (thread == 0) {
-      ptx::prefetch_tensor_map(&q_map), ptx::prefetch_tensor_map(&k_map);
-      ptx::prefetch_tensor_map(&v_map), ptx::prefetch_tensor_map(&dout_map);
-      walk_items(p, s, kRows, [&](int i, const Step& step) {
-        const int stage = i & 1, phase = (i >> 1) & 1;
-        ptx::mbarrier_wait(&s.q_free[stage], phase ^ 1);
-        ptx::mbarrier_arrive_expect(&s.q_full[stage], sizeof(s.q[0]));
-#pragma unroll 1
-        for (int c = 0; c < kPanels; c++)
-          ptx::tensor_load(s.q[stage] + c * kRows * 64, &q_map, &s.q_full[stage], c * 64, step.first_row, step.head, step.batch,
-                           ptx::kEvictLast);
-        if (step.flags & kFirst) {
-          const int phase = s.walk.items & 1;
-          ptx::mbarrier_wait(&s.k_free, phase ^ 1);
-          ptx::mbarrier_arrive_expect(&s.k_full, sizeof(s.k));
-#pragma unroll 1
-          for (int c = 0; c < kPanels; c++)
-            ptx::tensor_load(s.k + c * kKeys * 64, &k_map, &s.k_full, c * 64, step.first_key, step.kv_head, step.batch,
-                             ptx::kEvictFirst);
-          ptx::mbarrier_wait(&s.v_free, phase ^ 1);
-          ptx::mbarrier_arrive_expect(&s.v_full, sizeof(s.v));
-#pragma unroll 1
-          for (int c = 0; c < kPanels; c++)
-            ptx::tensor_load(s.v + c * kKeys * 64, &v_map, &s.v_full, c * 64, step.first_key, step.kv_head, step.batch,
-                             ptx::kEvictFirst);
-        }
-        ptx::mbarrier_wait(&s.dout_free[stage], phase ^ 1);
-        ptx::mbarrier_arrive_expect(&s.dout_full[stage], sizeof(s.dout[0]));
-#pragma unroll 1
-        for (int c = 0; c < kPanels; c++)
-          ptx::tensor_load(s.dout[stage] + c * kRows * 64, &dout_map, &s.dout_full[stage], c * 64, step.first_row, step.head,
-                           step.batch, ptx::kEvictLast);
-      });
+      produce_tiles<kRows, kKeys, kPanels, kPanels>(p, s, &q_map, &k_map, &v_map, &dout_map);
     } else if (thread / 32 == 2) {
       produce_statistics<kRows, kKeys>(p, s, lane);
     }
@@ -103,7 +72,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     // ^= query % 8: free of bank conflicts.
     const uint32_t box = ptx::shared_address(s.dq) + (warp >> 1) * 64 * 128 + c0 * 128 +
                          ((((warp & 1) * 4 + (lane >> 4)) ^ c0) << 4) + ((lane >> 2) & 3) * 4;
-    int items = 0;
+    int items = -1;
     int* owed = nullptr;  // deterministic: the turn this thread holds until its additions are complete
 #pragma unroll 1
     for (int i = 0;; i++) {
@@ -112,7 +81,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       const int flags = step.flags;
       if (flags & kStop) break;
       const int row = step.first_row, head = step.head, batch = step.batch;
-      if (flags & kFirst) ptx::mbarrier_wait(&s.k_full, items++ & 1);
+      if (flags & kFirst) items++, ptx::mbarrier_wait(&s.k_full[items & 1], (items >> 1) & 1);
+      const uint32_t k_now = k_low + (items & 1) * (sizeof(s.k[0]) / 16);
       const int stage = i & 1;
       const uint32_t b = ds_low + stage * (2 * kRows * 128 / 16);
       int turn = 0;
@@ -125,7 +95,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
 #pragma unroll 1  // unrolled, the two halves would want 64 accumulators
       for (int half = 0; half < 2; half++) {
         // Halves of d where there are two panels, else halves of the queries.
-        const uint32_t a_half = kPanels == 2 ? k_low + half * kKeys * 8 : k_low, b_half = kPanels == 2 ? b : b + half * 64 * 8;
+        const uint32_t a_half = kPanels == 2 ? k_now + half * kKeys * 8 : k_now, b_half = kPanels == 2 ? b : b + half * 64 * 8;
         float x[32];
         ptx::wgmma_fence();
         Product::ss_first(x, ptx::descriptor(a_half), ptx::descriptor(b_half));
@@ -139,7 +109,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         ptx::pin(x);
         if (half == 1 && lane == 0) {
           ptx::mbarrier_arrive(&s.ds_free[stage]);
-          if (flags & kLast) ptx::mbarrier_arrive(&s.k_free);
+          if (flags & kLast) ptx::mbarrier_arrive(&s.k_free[items & 1]);
         }
 #pragma unroll
         for (int j = 0; j < 8; j++)
@@ -207,107 +177,90 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     };
 
     int i = 0, items = 0;
+    ptx::mbarrier_wait(&s.step_told[0], 0);
+    int flags = s.steps[0].flags, bands = s.steps[0].band_count & 0xffff;
+    if (flags & kStop) return;
+    ptx::mbarrier_wait(&s.k_full[0], 0);
+    ptx::mbarrier_wait(&s.q_full[0], 0);
+    ptx::wgmma_fence();
+    issue_scores(k_low, q_low, 0);
+#pragma unroll
+    for (int n = 0; n < kD / 2; n++) dk[n] = dv[n] = 0.f;
+    ptx::wgmma_wait<0>();
+    ptx::pin(x);
 #pragma unroll 1
     while (true) {
-      const int first = i % kStepRing;
-      ptx::mbarrier_wait(&s.step_told[first], (i / kStepRing) & 1);
-      int flags = s.steps[first].flags, bands = s.steps[first].band_count & 0xffff;
-      if (flags & kStop) break;
-      const int first_key = s.steps[first].first_key, kv_head = s.steps[first].kv_head, batch = s.steps[first].batch;
-      ptx::mbarrier_wait(&s.k_full, items & 1);
-      ptx::mbarrier_wait(&s.q_full[i & 1], (i >> 1) & 1);
-      ptx::wgmma_fence();
-      issue_scores(k_low, q_low, i & 1);
+      const int stage = i & 1, phase = (i >> 1) & 1;
+      const auto& rows = s.statistics[stage];
+      if (Softcap) cap_scores(x, p);
+      if (bands) mask_scores(x, rows.seen_by[key], rows.seen_by[key + 8], c0);
+      exponentiate<Softcap>(x, rows.negative_lse + c0, p.scale_log2);
+      ptx::pin(x);
+      ptx::wgmma_wait<0>();  // dK of the step before
+      ptx::pin(a);
+      if (!(flags & kFirst) && lane == 0) ptx::mbarrier_arrive(&s.q_free[stage ^ 1]);
 #pragma unroll
-      for (int n = 0; n < kD / 2; n++) dk[n] = dv[n] = 0.f;
-      ptx::mbarrier_wait(&s.v_full, items & 1);
+      for (int k = 0; k < kRows / 4; k++) a[k] = ptx::pack<T>(x[2 * k], x[2 * k + 1]);
+      if (flags & kFirst) ptx::mbarrier_wait(&s.v_full, items & 1);
+      ptx::mbarrier_wait(&s.dout_full[stage], phase);
+      ptx::wgmma_fence();
+      issue_scores(v_low, dout_low, stage);
+      issue_gradient(dv, dout_low, stage);
       ptx::wgmma_wait<0>();
       ptx::pin(x);
-      bool running = false;  // dK of the step before is in flight
-#pragma unroll 1
-      while (true) {
-        const int stage = i & 1, phase = (i >> 1) & 1;
-        const auto& rows = s.statistics[stage];
-        if (Softcap) cap_scores(x, p);
-        if (bands) mask_scores(x, rows.seen_by[key], rows.seen_by[key + 8], c0);
-#pragma unroll
-        for (int j = 0; j < kRows / 8; j++) {
-          const float2 l = *reinterpret_cast<const float2*>(&rows.negative_lse[j * 8 + c0]);
-#pragma unroll
-          for (int e = 0; e < 4; e++) {
-            const float negative_lse = (e & 1) ? l.y : l.x;
-            x[j * 4 + e] =
-                ptx::exp2_approx(Softcap ? x[j * 4 + e] + negative_lse : fmaf(x[j * 4 + e], p.scale_log2, negative_lse));
-          }
-        }
-        ptx::pin(x);
-        ptx::wgmma_wait<0>();  // dK of the step before
-        ptx::pin(a);
-        if (running && lane == 0) ptx::mbarrier_arrive(&s.q_free[stage ^ 1]);
-        running = true;
-#pragma unroll
-        for (int k = 0; k < kRows / 4; k++) a[k] = ptx::pack<T>(x[2 * k], x[2 * k + 1]);
-        ptx::mbarrier_wait(&s.dout_full[stage], phase);
-        ptx::wgmma_fence();
-        issue_scores(v_low, dout_low, stage);
-        issue_gradient(dv, dout_low, stage);
-        ptx::wgmma_wait<0>();
-        ptx::pin(x);
-        ptx::pin(a);
-        if (lane == 0) ptx::mbarrier_arrive(&s.dout_free[stage]);
-#pragma unroll
-        for (int j = 0; j < kRows / 8; j++) {  // dS * scale = P (dP * scale - delta * scale)
-          const float2 delta = *reinterpret_cast<const float2*>(&rows.negative_delta[j * 8 + c0]);
-          float2 l = {};
-          if (Softcap) l = *reinterpret_cast<const float2*>(&rows.negative_lse[j * 8 + c0]);
-#pragma unroll
-          for (int e = 0; e < 2; e++) {
-            const float2 prob = ptx::unpack<T>(a[2 * j + e]);
-            float left = fmaf(x[j * 4 + 2 * e], p.scale, delta.x), right = fmaf(x[j * 4 + 2 * e + 1], p.scale, delta.y);
-            if (Softcap) left *= cap_slope(prob.x, l.x, p.inverse_cap), right *= cap_slope(prob.y, l.y, p.inverse_cap);
-            a[2 * j + e] = ptx::pack<T>(prob.x * left, prob.y * right);
-          }
-        }
-        ptx::mbarrier_wait(&s.ds_free[stage], phase ^ 1);
-#pragma unroll
-        for (int k = 0; k < kRows / 16; k++)
-          ptx::stmatrix_x4_trans(ds_store + stage * (2 * kRows * 128) + k * 16 * 128, a[4 * k], a[4 * k + 1], a[4 * k + 2],
-                                 a[4 * k + 3]);
-        ptx::fence_async_proxy();
-        __syncwarp();
-        if (lane == 0) ptx::mbarrier_arrive(&s.ds_full[stage]);
-        // The last step repeats its own S, which nobody reads: a conditional product would cost a second code path.
-        const bool last = flags & kLast;
-        int next = stage;
-        if (!last) {
-          next = stage ^ 1;
-          ptx::mbarrier_wait(&s.q_full[next], ((i + 1) >> 1) & 1);
-          flags = s.steps[(i + 1) % kStepRing].flags;
-          bands = s.steps[(i + 1) % kStepRing].band_count & 0xffff;
-        }
-        ptx::wgmma_fence();
-        issue_scores(k_low, q_low, next);
-        issue_gradient(dk, q_low, stage);
-        ptx::wgmma_wait<1>();  // S of the next step
-        ptx::pin(x);
-        i++;
-        if (last) break;
-      }
-      ptx::wgmma_wait<0>();
-      ptx::pin(dk);
-      ptx::pin(dv);
       ptx::pin(a);
       if (lane == 0) {
-        ptx::mbarrier_arrive(&s.q_free[(i - 1) & 1]);
-        ptx::mbarrier_arrive(&s.k_free);
-        ptx::mbarrier_arrive(&s.v_free);
+        ptx::mbarrier_arrive(&s.dout_free[stage]);
+        if (flags & kLast) ptx::mbarrier_arrive(&s.v_free);
       }
-      items++;
-      const int row = first_key + key + (lane & 1) * 8;
-      add_rows(p.dv + batch * p.dv_batch_stride + row * p.dv_seq_stride + kv_head * p.dv_head_stride + (lane & 2) * 2, dv, lane,
-               row < p.k_len, p.head_dim_v);
-      add_rows(p.dk + batch * p.dk_batch_stride + row * p.dk_seq_stride + kv_head * p.dk_head_stride + (lane & 2) * 2, dk, lane,
-               row < p.k_len, p.head_dim);
+      score_gradients<T, Softcap>(a, x, rows.negative_delta + c0, rows.negative_lse + c0, p);
+      ptx::mbarrier_wait(&s.ds_free[stage], phase ^ 1);
+#pragma unroll
+      for (int k = 0; k < kRows / 16; k++)
+        ptx::stmatrix_x4_trans(ds_store + stage * (2 * kRows * 128) + k * 16 * 128, a[4 * k], a[4 * k + 1], a[4 * k + 2],
+                               a[4 * k + 3]);
+      ptx::fence_async_proxy();
+      __syncwarp();
+      if (lane == 0) ptx::mbarrier_arrive(&s.ds_full[stage]);
+      // S of the next step, also across items: its keys are in the other buffer. The very last step repeats its own S, which
+      // nobody reads: a conditional product would cost a second code path.
+      const Step& next_step = s.steps[(i + 1) % kStepRing];
+      ptx::mbarrier_wait(&s.step_told[(i + 1) % kStepRing], ((i + 1) / kStepRing) & 1);
+      const int next_flags = next_step.flags, last = flags & kLast;
+      bands = next_step.band_count & 0xffff;
+      int next = stage;
+      if (!(next_flags & kStop)) {
+        next = stage ^ 1;
+        if (last) ptx::mbarrier_wait(&s.k_full[(items + 1) & 1], ((items + 1) >> 1) & 1);
+        ptx::mbarrier_wait(&s.q_full[next], ((i + 1) >> 1) & 1);
+      }
+      ptx::wgmma_fence();
+      issue_scores(k_low + ((items + (last ? 1 : 0)) & 1) * (sizeof(s.k[0]) / 16), q_low, next);
+      issue_gradient(dk, q_low, stage);
+      ptx::wgmma_wait<1>();  // S of the next step
+      ptx::pin(x);
+      if (last) {
+        ptx::wgmma_wait<0>();
+        ptx::pin(dk);
+        ptx::pin(dv);
+        ptx::pin(a);
+        if (lane == 0) {
+          ptx::mbarrier_arrive(&s.q_free[stage]);
+          ptx::mbarrier_arrive(&s.k_free[items & 1]);
+        }
+        const Step& step = s.steps[i % kStepRing];
+        const int row = step.first_key + key;
+        finish_gradient<T>(p.dv, p.store, step.batch * p.dv_batch_stride + step.kv_head * p.dv_head_stride, p.dv_seq_stride, row,
+                           p.k_len, dv, lane, p.head_dim_v);
+        finish_gradient<T>(p.dk, p.store, step.batch * p.dk_batch_stride + step.kv_head * p.dk_head_stride, p.dk_seq_stride, row,
+                           p.k_len, dk, lane, p.head_dim);
+        if (next_flags & kStop) break;
+#pragma unroll
+        for (int n = 0; n < kD / 2; n++) dk[n] = dv[n] = 0.f;
+        items++;
+      }
+      flags = next_flags;
+      i++;
     }
   }
 }

@@ -15,4 +15,21 @@ struct NarrowTile {
   static_assert(kPanels * kRows == 128, "dQ is made in two halves of 64 x 64");
 };
 
+/// Head dims above 128 (backward_wide.cuh): 64 keys, whose dk and dv two warpgroups share by panels of 64 columns: the first
+/// holds KPanels of dk and VPanels of dv, the second the rest.
+template <int HeadDim_, int HeadDimV_, int KPanels_, int VPanels_>
+struct WideTile {
+  static constexpr int kHeadDim = HeadDim_, kHeadDimV = HeadDimV_, kRows = 64, kKeys = 64;
+  static constexpr int kPanels = HeadDim_ / 64, kPanelsV = HeadDimV_ / 64;
+  static constexpr int kFirstK = KPanels_, kFirstV = VPanels_;
+  static constexpr int kThreads = 512;
+  static constexpr int kConsumerRegisters = 208, kDqRegisters = 72, kProducerRegisters = 24;
+  static_assert(2 * kConsumerRegisters + kDqRegisters + kProducerRegisters == 512, "the register file of a multiprocessor");
+  static_assert(HeadDim_ % 64 == 0 && HeadDimV_ % 64 == 0, "whole panels");
+};
+
+using Wide192 = WideTile<192, 192, 1, 2>;
+using Wide192V128 = WideTile<192, 128, 1, 1>;
+using Wide256 = WideTile<256, 256, 2, 2>;
+
 }  // namespace ringflash

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from ringflash.kernels import Problem
 
 DTYPES = (torch.bfloat16, torch.float16)
-MAX_HEAD_DIM = 128
+MAX_HEAD_DIM = 256
 
-_PARAMS = struct.Struct("=16Q25q10i2f")
+_PARAMS = struct.Struct("=16Q25q10i2f2i")
 """``RfHopperBackwardParams`` of csrc/hopper/backward_api.h."""
 
 
@@ -137,8 +137,8 @@ def backward(
     """Adds the gradients of the Slices into float32 dq, dk, dv; the contract is ``ringflash.kernels.Kernel.backward``.
 
     ``sm_margin`` multiprocessors are left free. Gradients whose rows are not 16-byte aligned cost a temporary. With
-    ``deterministic`` gradients repeat bitwise on one kind of GPU: additions to a tile of dq take turns, for which 4 bytes per tile,
-    head and batch are used. ValueError for a scale that is not positive.
+    ``deterministic`` gradients repeat bitwise on one kind of GPU: additions to a tile of dq take turns, for which 4 bytes per
+    tile, head and batch are used. ValueError for a scale that is not positive.
     """
     if not scale > 0.0:
         raise ValueError(f"scale={scale}: the Hopper kernels need a positive scale; use backend='reference' or negate q")
@@ -147,36 +147,81 @@ def backward(
     targets = [x if _fits(x, 4) else torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (dq, dk, dv)]
     with torch.cuda.device(q.device):
         inputs = [_readable(x) for x in (dout, q, k, v)]
-        _launch(inputs, _rows(lse), _rows(delta), slices, scale, softcap, targets, deterministic, sm_margin)
+        work = _work(q, k, v, slices, deterministic, False, sm_margin)
+        _launch(work, inputs, _rows(lse), _rows(delta), scale, softcap, targets, sm_margin)
     for target, x in zip(targets, (dq, dk, dv), strict=True):
         if target is not x:
             x.add_(target)
 
 
+def gradients(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    slices: Slices,
+    *,
+    scale: float,
+    softcap: float = 0.0,
+    dlse: Tensor | None = None,
+    deterministic: bool = False,
+    sm_margin: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv) in q's dtype of a pass that is one step: the whole backward, with delta, zeroing and conversion.
+
+    dk and dv are written in their final dtype where that is faster, which spares zeroing, adding to and converting float32
+    tensors. Shapes as ``ringflash.kernels.Kernel.backward``; dlse (B, H, Sq) or None.
+    """
+    if not scale > 0.0:
+        raise ValueError(f"scale={scale}: the Hopper kernels need a positive scale; use backend='reference' or negate q")
+    dq = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
+    if q.numel() == 0 or k.numel() == 0 or len(slices) == 0:
+        return dq.to(q.dtype), torch.zeros_like(k), torch.zeros_like(v)
+    with torch.cuda.device(q.device):
+        written = _work(q, k, v, slices, deterministic, True, sm_margin)
+        write = deterministic or written.duration <= _work(q, k, v, slices, False, False, sm_margin).duration
+        work = written if write else _work(q, k, v, slices, False, False, sm_margin)
+        _, keys = _tile(q.shape[3], v.shape[3])
+        every_key = len(work.items) == -(-k.shape[1] // keys) * k.shape[0] * k.shape[2]
+        new = torch.empty if write and every_key else torch.zeros
+        dtype = q.dtype if write else torch.float32
+        dk, dv = (new(x.shape, dtype=dtype, device=x.device) for x in (k, v))
+        inputs = [_readable(x) for x in (dout, q, k, v)]
+        _launch(work, inputs, _rows(lse), _rows(delta(dout, out, dlse)), scale, softcap, [dq, dk, dv], sm_margin)
+    return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype)
+
+
+def _work(q: Tensor, k: Tensor, v: Tensor, slices: Slices, deterministic: bool, write: bool, sm_margin: int) -> WorkList:
+    B, Sq, H, D = q.shape
+    ctas = max(1, _multiprocessors(q.device) - sm_margin)
+    shape = Shape(Sq, k.shape[1], B, H, k.shape[2], D, *_tile(D, v.shape[3]), ctas)
+    return work_list(slices, shape, deterministic=deterministic, write=write)
+
+
 def _launch(
+    work: WorkList,
     inputs: list[Tensor],
     lse: Tensor,
     delta: Tensor,
-    slices: Slices,
     scale: float,
     softcap: float,
     gradients: list[Tensor],
-    deterministic: bool,
     sm_margin: int,
 ) -> None:
+    """dk and dv of q's dtype are written, those of float32 added to."""
     dout, q, k, v = inputs
     dq, dk, dv = gradients
     lib = _library()
     assert lib is not None
     B, Sq, H, D = q.shape
     Sk, Hkv, Dv = k.shape[1], k.shape[2], v.shape[3]
-    rows, keys = _tile(D, Dv)
-    ctas = max(1, _multiprocessors(q.device) - sm_margin)
-    work: WorkList = work_list(slices, Shape(Sq, Sk, B, H, Hkv, D, rows, keys, ctas), deterministic)
+    rows, _ = _tile(D, Dv)
     if not len(work.items):
         return
     items, runs, bands, *order = work.on(q.device)
-    turns = torch.zeros(B * H * -(-Sq // rows), dtype=torch.int32, device=q.device) if deterministic else None
+    turns = torch.zeros(B * H * -(-Sq // rows), dtype=torch.int32, device=q.device) if order else None
     stream = torch.cuda.current_stream(q.device).cuda_stream
     params = _PARAMS.pack(
         dout.data_ptr(),
@@ -206,9 +251,11 @@ def _launch(
         Dv,
         len(work.items),
         ops.DTYPES[q.dtype],
-        min(ctas, len(work.items)),
+        min(max(1, _multiprocessors(q.device) - sm_margin), len(work.items)),
         scale,
         softcap,
+        dk.dtype == q.dtype,
+        0,
     )
     ops.check(lib, "rf_hopper_backward", lib.rf_hopper_backward(params, stream))
 

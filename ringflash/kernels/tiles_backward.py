@@ -8,7 +8,6 @@ All scheduling is data in this list; the kernel takes the items in order. No ite
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -20,13 +19,15 @@ from ringflash.kernels import tiles
 from ringflash.slices import IntArray, Slices
 
 Int32Array = npt.NDArray[np.int32]
+FloatArray = npt.NDArray[np.float64]
 
-ITEM_OVERHEAD = 2.0
-"""What an item costs besides its steps, in steps: loading K and V, adding dk and dv."""
+WRITE_COST, ADD_COST = 1.0, 4.0
+"""What an item costs besides its steps, in steps: writing dk and dv, or adding them to float32 tensors (that someone zeroes and
+converts)."""
 GROUP_BYTES = 32 << 20
 """Share of the L2 that the queries, dout and dq of the heads in work at the same time may take."""
 SIMULATED_ITEMS = 8192
-"""Longer lists are portioned without trying the alternatives: the end of a long list matters little."""
+"""How much of the end of a list its duration is simulated for."""
 FAR = 1 << 29
 """Beyond every buffer index; twice this still fits an int32."""
 
@@ -55,11 +56,13 @@ class WorkList:
     bands: (n, 8): keys [r0, r1) are seen by queries [c0, c1) where lo <= query - key <= hi; those of one run share no key.
     visit_offsets, visits: deterministic lists only. Query tile m is visited by the key tiles of the intervals
     visits[visit_offsets[m] : visit_offsets[m + 1]], once per interval that holds them.
+    duration: until the last CTA is done, estimated in steps.
     """
 
     items: Int32Array
     runs: Int32Array
     bands: Int32Array
+    duration: float = 0.0
     visit_offsets: Int32Array | None = None
     visits: Int32Array | None = None
     _on_device: dict[torch.device, tuple[torch.Tensor, ...]] = field(default_factory=dict, repr=False)
@@ -77,8 +80,12 @@ class WorkList:
 
 
 @lru_cache(maxsize=256)
-def work_list(slices: Slices, shape: Shape, deterministic: bool) -> WorkList:
-    """The list for one launch. With ``deterministic`` no item shares its keys with another, and key tiles come last to first."""
+def work_list(slices: Slices, shape: Shape, *, deterministic: bool = False, write: bool = False) -> WorkList:
+    """The list for one launch.
+
+    No two items share keys with ``write`` (dk and dv are written, not added to), nor with ``deterministic``, where key tiles also
+    come last to first.
+    """
     table = tiles.backward_table(slices, shape.q_len, shape.k_len, shape.keys, shape.rows)
     tile, begin, end, band_begin, band_count, bands = _runs_of(table, shape)
     if deterministic:
@@ -86,16 +93,19 @@ def work_list(slices: Slices, shape: Shape, deterministic: bool) -> WorkList:
     order = np.lexsort((begin, tile))
     tile, begin, end, band_begin, band_count = (x[order] for x in (tile, begin, end, band_begin, band_count))
     runs = np.stack([begin, end, band_begin, band_count], axis=1)
+    each = WRITE_COST if write else ADD_COST
     if deterministic:
-        items = _items(tile, runs, shape, [])[0]
+        items = _items(tile, runs, shape, last_first=True)[0]
         offsets, visits = _visits(tile, begin, end, band_count >> 16, -(-shape.q_len // shape.rows))
-        return WorkList(_int32(items), _int32(runs), _int32(bands), _int32(offsets), _int32(visits))
-    plain = _items(tile, runs, shape, None)
-    portioned = _items(tile, runs, shape, _portions(plain[2], shape))
-    chosen = portioned
-    if len(plain[0]) <= SIMULATED_ITEMS and _makespan(plain[2], shape.ctas) <= _makespan(portioned[2], shape.ctas):
-        chosen = plain
-    return WorkList(_int32(chosen[0]), _int32(chosen[1]), _int32(bands))
+        return WorkList(_int32(items), _int32(runs), _int32(bands), 0.0, _int32(offsets), _int32(visits))
+    items, steps, cost = _items(tile, runs, shape)
+    duration = _duration(cost + each, shape.ctas)
+    if not write:
+        parts = _divide(items, runs, steps, _portions(cost, shape), shape.heads // shape.kv_heads)
+        shorter = _duration(parts[2] + each, shape.ctas)
+        if shorter < duration:
+            items, runs, duration = parts[0], parts[1], shorter
+    return WorkList(_int32(items), _int32(runs), _int32(bands), duration)
 
 
 def _int32(x: IntArray) -> Int32Array:
@@ -112,9 +122,9 @@ def _runs_of(table: tiles.TileTable, shape: Shape) -> tuple[IntArray, IntArray, 
     own[tail] = np.stack(
         [tile * shape.keys, tile * 0 + shape.k_len, begin * shape.rows, end * shape.rows, tile * 0 - FAR, tile * 0 + FAR], axis=1
     )[tail]
-    further = np.where(masked, runs[:, tiles.EXTRA_END] - runs[:, tiles.EXTRA_BEGIN], 0)
-    count = (masked | tail) + further
-    first = np.cumsum(count) - count
+    further: IntArray = np.where(masked, runs[:, tiles.EXTRA_END] - runs[:, tiles.EXTRA_BEGIN], 0)
+    count: IntArray = (masked | tail) + further
+    first: IntArray = np.cumsum(count) - count
     bands = np.zeros((max(int(count.sum()), 1), 8), dtype=np.int64)
     bands[first[masked | tail], :6] = own[masked | tail]
     source, owner = tiles._ranges(runs[:, tiles.EXTRA_BEGIN], runs[:, tiles.EXTRA_BEGIN] + further)
@@ -122,51 +132,45 @@ def _runs_of(table: tiles.TileTable, shape: Shape) -> tuple[IntArray, IntArray, 
     return tile, begin, end, first, count, bands
 
 
-def _items(
-    tile: IntArray, runs: IntArray, shape: Shape, portions: list[int] | None
-) -> tuple[IntArray, IntArray, npt.NDArray[np.float64]]:
-    """(items, runs, cost of each item in steps).
+def _items(tile: IntArray, runs: IntArray, shape: Shape, last_first: bool = False) -> tuple[IntArray, IntArray, FloatArray]:
+    """(items, steps of one head of each, steps of each): one item per tile of keys and KV head.
 
-    portions: None: longest first inside groups of KV heads that fit L2 together, nothing divided; []: key tiles from the last
-    to the first, one KV head after the other; else into how many portions each item of the first kind is divided.
+    Longest first inside groups of KV heads that fit L2 together; or, with ``last_first``, key tiles from the last to the first,
+    one KV head after the other.
     """
     group = shape.heads // shape.kv_heads
     tile_of, first = np.unique(tile, return_index=True)
     last = np.append(first[1:], len(tile))
-    steps = np.add.reduceat(runs[:, 1] - runs[:, 0], first) if len(tile) else np.zeros(0, dtype=np.int64)
+    cumulated = np.concatenate([[0], np.cumsum(runs[:, 1] - runs[:, 0])])
+    steps = (cumulated[last] - cumulated[first])[: len(tile_of)]
     pairs = shape.batch * shape.kv_heads
-    if portions == []:
+    if last_first:
         which, pair = np.tile(np.arange(len(tile_of))[::-1], pairs), np.repeat(np.arange(pairs), len(tile_of))
     else:
         together = max(1, GROUP_BYTES // (group * shape.q_len * shape.head_dim * 8))
         longest = np.argsort(-steps, kind="stable")
-        orders = []
-        for a in range(0, pairs, together):
-            n = min(together, pairs - a)
-            orders.append((np.repeat(longest, n), np.tile(np.arange(a, a + n), len(longest))))
-        which = np.concatenate([o[0] for o in orders])
-        pair = np.concatenate([o[1] for o in orders])
+        sizes = [min(together, pairs - a) for a in range(0, pairs, together)]
+        which = np.concatenate([np.repeat(longest, n) for n in sizes])
+        pair = np.concatenate([np.tile(np.arange(n) + i * together, len(longest)) for i, n in enumerate(sizes)])
     items = np.zeros((len(which), 8), dtype=np.int64)
     items[:, 0], items[:, 1], items[:, 2] = first[which], last[which], tile_of[which] * shape.keys
     items[:, 3], items[:, 4] = pair // shape.kv_heads, pair % shape.kv_heads
     items[:, 5], items[:, 6], items[:, 7] = items[:, 4] * group, (items[:, 4] + 1) * group, tile_of[which]
-    cost = steps[which] * float(group)
-    if not portions:
-        return items, runs, cost
-    return _divide(items, runs, steps[which], np.asarray(portions), group)
+    return items, steps[which], steps[which] * float(group)
 
 
-def _portions(cost: npt.NDArray[np.float64], shape: Shape) -> list[int]:
+def _portions(cost: FloatArray, shape: Shape) -> IntArray:
     """Into how many portions to divide each item: none may be longer than what then is left for each CTA."""
     left = np.cumsum(cost[::-1])[::-1]
     longest = np.maximum(left / shape.ctas, 4.0)
-    return [int(n) for n in np.ceil(cost / longest - 1e-9)]
+    return np.ceil(cost / longest - 1e-9).astype(np.int64)
 
 
 def _divide(
     items: IntArray, runs: IntArray, steps: IntArray, portions: IntArray, group: int
-) -> tuple[IntArray, IntArray, npt.NDArray[np.float64]]:
-    """Divides items by query heads first, then by query tiles. dk and dv are additions, so any division is correct."""
+) -> tuple[IntArray, IntArray, FloatArray]:
+    """(items, runs, steps of each item), divided by query heads first, then by query tiles; dk and dv are additions, so any
+    division is correct."""
     parts: dict[tuple[int, int], list[tuple[int, int, int]]] = {}  # (first run, q portions) -> [(run begin, end, steps)]
     more_runs: list[list[int]] = []
     out: list[list[int]] = []
@@ -207,11 +211,13 @@ def _cut(own: IntArray, steps: int, n: int, base: int, more_runs: list[list[int]
     return result
 
 
-def _makespan(cost: Iterable[float], ctas: int) -> float:
+def _duration(cost: FloatArray, ctas: int) -> float:
     """When the last CTA is done, each taking the next item as soon as it is free."""
     free = [0.0] * ctas
-    for c in cost:
-        heapq.heapreplace(free, free[0] + c + ITEM_OVERHEAD)
+    if len(cost) > SIMULATED_ITEMS:  # the beginning of a long list fills all CTAs alike
+        free = [float(cost[:-SIMULATED_ITEMS].sum()) / ctas] * ctas
+    for c in cost[-SIMULATED_ITEMS:].tolist():
+        heapq.heapreplace(free, free[0] + c)
     return max(free)
 
 
