@@ -21,7 +21,7 @@ from ringflash.parallel.transport.allgather import AllGather
 from ringflash.parallel.transport.alltoall import AllToAll
 from ringflash.parallel.transport.p2p import P2P
 
-TRANSPORTS = ("auto", "p2p", "allgather", "alltoall")
+TRANSPORTS = ("auto", "p2p", "allgather", "alltoall", "symmetric")
 
 SHORT_CHUNK = 2048
 """Below this many tokens a rank, "auto" fetches all chunks at once: a step then computes for less time than a launch costs."""
@@ -88,7 +88,8 @@ class ContextParallel(Sharding):
     schedule   "auto", "ring", "allgather", "staged:K", "ulysses", "hybrid", "double_ring", or a Schedule.
     ulysses    ranks that trade heads for sequence (for "hybrid"); neighbours in the group.
     inner      ranks of one fast-linked group (for "double_ring"); neighbours in the group.
-    transport  "auto" (point to point), "p2p", "alltoall", or "allgather" (with schedule "allgather" only).
+    transport  "auto" (point to point), "p2p", "alltoall", "allgather" (with schedule "allgather" only), or "symmetric" (CUDA, all
+               ranks in one NVLink domain: copy engines pull chunks from their owner's memory).
     timeout_s  how long a peer may be silent before an error, seconds (default RINGFLASH_TIMEOUT_S).
 
     All ranks of the group must create it, and call its methods, together. Raises ValueError for what does not fit.
@@ -136,6 +137,10 @@ class ContextParallel(Sharding):
             raise ValueError(
                 f'transport "allgather" brings all chunks at once: it needs schedule="allgather" without ulysses, got {plain}'
             )
+        if transport == "symmetric" and plain.inner > 1:
+            raise ValueError(
+                'transport "symmetric" reads chunks at their owner and passes none on: use another schedule than double_ring'
+            )
         self.transport_name = "p2p" if transport == "auto" else transport
         self.trim = self.transport_name != "allgather"  # which sends everybody the same
         self.timeout_s = float(env.timeout_s() if timeout_s is None else timeout_s)
@@ -149,13 +154,17 @@ class ContextParallel(Sharding):
         """The transport for tensors of a device."""
         if device not in self._transports:
             word = self.agreement.last_word
+            if device.type == "cuda":  # NCCL sets up its rings in the first collective of a group, and needs all ranks there
+                dist.all_reduce(torch.zeros(1, device=device), group=self.group)
             if self.transport_name == "p2p":
                 self._transports[device] = P2P(self.group, self.timeout_s, word)
+            elif self.transport_name == "symmetric":
+                from ringflash.parallel.transport.symmetric import Symmetric
+
+                self._transports[device] = Symmetric(self.group, self.timeout_s, device, word)
             else:
                 kind = AllGather if self.transport_name == "allgather" else AllToAll
                 self._transports[device] = kind(self.group, self.timeout_s, device, word)
-            if device.type == "cuda":  # NCCL sets up its rings in the first collective of a group, and needs all ranks there
-                dist.all_reduce(torch.zeros(1, device=device), group=self.group)
         return self._transports[device]
 
     def for_mask(self, mask: Mask) -> ContextParallel:

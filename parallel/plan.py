@@ -247,6 +247,10 @@ class Plan:
         """The group rank of a ring rank: the one with the same heads."""
         return rank * self.key.schedule.ulysses + self.member
 
+    def of_peer(self, rank: int) -> Plan:
+        """The plan of another ring rank."""
+        return make_plan(replace(self.key, rank=self.peer(rank)))
+
     @cached_property
     def area(self) -> int:
         """Visible pairs of this rank, per head."""

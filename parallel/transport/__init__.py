@@ -7,8 +7,9 @@ caller compute meanwhile.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -35,10 +36,14 @@ class Label:
 
 @dataclass(frozen=True)
 class Message:
-    """A contiguous tensor to send to, or to fill from, a rank of the group."""
+    """A contiguous tensor to send to, or to fill from, a rank of the group.
+
+    ``row`` is for transports that pull: the row of the peer's leased buffer at which a receive begins.
+    """
 
     peer: int
     tensor: Tensor
+    row: int = 0
 
 
 class Pending(Protocol):
@@ -51,13 +56,26 @@ class Pending(Protocol):
         """
 
 
-class Transport(Protocol):
+class Transport(ABC):
     """Moves messages between the ranks of a group."""
 
     name: str
-    collective: bool
+    collective = False
     """Whether every rank must take part in every post, even with nothing to move."""
+    pulls = False
+    """Whether receivers read a sender's leased buffers themselves, and so need to be told where (``Message.row``)."""
 
+    def open(self, what: str, plan: Plan, row: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
+        """Begins a pass that will lease buffers of ``what`` ("chunks" or "gradients"); all ranks call it in the same order.
+
+        row: batch and width of a buffer's row, which has one entry per key head: (rows, batch, heads, width).
+        """
+
+    def lease(self, label: Label, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Memory, of any content, for what this rank will send; pulling transports place it where peers can read it."""
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    @abstractmethod
     def post(self, label: Label, sends: Sequence[Message], receives: Sequence[Message]) -> Pending:
         """Starts moving. Messages between two ranks are matched in order. ``label`` is the same on all ranks.
 
@@ -79,6 +97,8 @@ class Stages:
         self.packed: Tensor | None = None
         self.buffers: dict[int, Tensor] = {}  # by step
         self.pending: dict[int, Pending] = {}  # by the step that needs it
+        if len(plan.steps) > 1:
+            transport.open("chunks", plan, (k.shape[0], sum(self.split)), k.dtype, k.device)
 
     def _stage(self, step: int) -> Tensor:
         if step not in self.buffers:
@@ -89,7 +109,10 @@ class Stages:
 
     def _own(self) -> Tensor:
         if self.packed is None:
-            self.packed = torch.cat([x.transpose(0, 1) for x in self.local], dim=-1)
+            k = self.local[0]
+            shape = (k.shape[1], k.shape[0], k.shape[2], sum(self.split))
+            self.packed = self.transport.lease(Label("chunks"), shape, k.dtype, k.device)
+            torch.cat([x.transpose(0, 1) for x in self.local], dim=-1, out=self.packed)
         return self.packed
 
     def post(self, slot: int) -> None:
@@ -99,13 +122,21 @@ class Stages:
             receives: list[Message] = []
             for t in transfers:
                 if t.dest == self.plan.rank:
-                    receives += _messages(self.plan, t.source, self._stage(step), place(self.plan, step, t))
+                    receives += self._receives(t)
                 else:
                     held = 0 if t.owner == self.plan.rank else _step_of(self.plan, t.owner)
                     buffer = self._stage(held) if held else self._own()
                     sends += _messages(self.plan, t.dest, buffer, place(self.plan, held, t))
             if transfers or self.transport.collective:
                 self.pending[step] = self.transport.post(Label("chunks", step), sends, receives)
+
+    def _receives(self, t: Transfer) -> list[Message]:
+        messages = _messages(self.plan, t.source, self._stage(t.step), place(self.plan, t.step, t))
+        if not self.transport.pulls:
+            return messages
+        there = self.plan.of_peer(t.source)
+        rows = place(there, 0 if t.owner == t.source else _step_of(there, t.owner), t)
+        return [replace(m, row=start) for m, (start, _) in zip(messages, rows, strict=True)]
 
     def arrive(self, step: int) -> tuple[Tensor, Tensor]:
         """K and V of a step's stage, (B, rows, Hkv, D or Dv): views of the arrived buffer, or for step 0 the local tensors."""
@@ -143,10 +174,16 @@ class Homecoming:
         self.dtype, self.device = dtype, k.device
         self.buffers: dict[int, Tensor] = {}  # by step; 0 is the own chunk
         self.arriving: list[tuple[Pending, list[tuple[Tensor, Tensor]]]] = []
+        if len(plan.steps) > 1:
+            transport.open("gradients", plan, (k.shape[0], sum(self.split)), dtype, self.device)
 
     def _stage(self, step: int) -> Tensor:
         if step not in self.buffers:
-            self.buffers[step] = torch.zeros((self.plan.steps[step].rows, *self.shape), dtype=self.dtype, device=self.device)
+            shape = (self.plan.steps[step].rows, *self.shape)
+            if step:  # leaves for its owners
+                self.buffers[step] = self.transport.lease(Label("gradients", step), shape, self.dtype, self.device).zero_()
+            else:
+                self.buffers[step] = torch.zeros(shape, dtype=self.dtype, device=self.device)
         return self.buffers[step]
 
     def gradients(self, step: int) -> tuple[Tensor, Tensor]:
@@ -176,10 +213,11 @@ class Homecoming:
             if t.source == self.plan.rank:
                 sends += _messages(self.plan, t.dest, self._stage(step), rows)
             else:
-                for start, stop in rows:
+                there = place(self.plan.of_peer(t.source), t.step, t) if self.transport.pulls else rows
+                for (start, stop), (row, _) in zip(rows, there, strict=True):
                     target = self._stage(step)[start:stop]
                     source = torch.empty_like(target)
-                    receives.append(Message(self.plan.peer(t.source), source))
+                    receives.append(Message(self.plan.peer(t.source), source, row))
                     additions.append((target, source))
         self.arriving.append((self.transport.post(Label("gradients", slot), sends, receives), additions))
 

@@ -10,12 +10,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ringflash.parallel.transport import Label, Message, Pending
+from ringflash.parallel.transport import Label, Message, Pending, Transport
 from ringflash.parallel.transport.p2p import failure
 from ringflash.parallel.watchdog import watch
 
 
-class AllToAll:
+class AllToAll(Transport):
     """all_to_all_single with the plan's sizes. Every rank takes part in every post."""
 
     name = "alltoall"

@@ -8,11 +8,11 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from ringflash.parallel.transport import Label, Message, Pending, TransportError
+from ringflash.parallel.transport import Label, Message, Pending, Transport, TransportError
 from ringflash.parallel.watchdog import watch
 
 
-class P2P:
+class P2P(Transport):
     """Batched isend/irecv inside a process group.
 
     timeout_s   how long a peer may keep silent before TransportError.
@@ -20,7 +20,6 @@ class P2P:
     """
 
     name = "p2p"
-    collective = False
 
     def __init__(self, group: dist.ProcessGroup, timeout_s: float, ask: Callable[[int], str] = lambda peer: "") -> None:
         self.group, self.timeout_s, self.ask = group, timeout_s, ask

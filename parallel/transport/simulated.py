@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ringflash.parallel.transport import Label, Message, Pending
+from ringflash.parallel.transport import Label, Message, Pending, Transport
 
 
 class Mailbox:
@@ -38,11 +38,10 @@ class Mailbox:
         assert not self._letters, sorted(self._letters)
 
 
-class Simulated:
+class Simulated(Transport):
     """One rank's end of a mailbox. Ranks must take turns: all post before any waits (see autograd.take_turns)."""
 
     name = "simulated"
-    collective = False
 
     def __init__(self, mailbox: Mailbox, rank: int) -> None:
         self.mailbox, self.rank = mailbox, rank
