@@ -190,8 +190,12 @@ class RankPool:
                 outcomes[rank] = self._receive(rank, connection)
                 if outcomes[rank].error is not None:
                     end = min(end, time.monotonic() + grace_s)
+        failed = any(o.error is not None for o in outcomes.values())
+        why = (
+            f"no answer {grace_s:g} s after another rank failed" if failed else f"no answer within {timeout_s:g} s (a deadlock?)"
+        )
         for rank in pending:
-            outcomes[rank] = Outcome(rank, error=f"no answer within {timeout_s:g} s (a deadlock?)", answered=False)
+            outcomes[rank] = Outcome(rank, error=f"no answer {why}", answered=False)
         return [outcomes[rank] for rank in range(self.world)]
 
     def _receive(self, rank: int, connection: Connection) -> Outcome:
