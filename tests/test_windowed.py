@@ -113,7 +113,7 @@ def library_backward(
     dlse: Tensor | None = None,
 ) -> list[Tensor]:
     """delta = rowsum(dout * out) - dlse, as every library computes it."""
-    assert lse.is_contiguous()
+    assert lse.is_contiguous() and scale >= 0
     cu_q, cu_k, _, max_k = lengths
     delta = (dout * out).sum(-1).transpose(-1, -2)
     delta = delta if dlse is None else delta - dlse
@@ -196,7 +196,7 @@ class EmulatedTorch(Emulation):
         q, k, v = (a[name].transpose(1, 2) for name in ("query", "key", "value"))
         check_inputs(q, k, v, one_width=False)
         assert a["attn_bias"] is None and a["compute_log_sumexp"] and a["dropout_p"] == 0.0 and not a["return_debug_mask"]
-        scale = a.get("scale") or q.shape[-1] ** -0.5
+        scale = q.shape[-1] ** -0.5 if a.get("scale") is None else a["scale"]
         out, lse = library_forward(q, k, v, (None, None, 0, 0), self._cudnn_window(q, k, a["is_causal"]), scale)
         return out.transpose(1, 2), lse.unsqueeze(-1) if self.lse_dims == 4 else lse, None, None, 0, 0, None, None, None
 
@@ -248,6 +248,15 @@ def judged(kernel: Any, inputs: Inputs, slices: Slices, softcap: float = 0.0, de
 @pytest.mark.parametrize("case", SEEING, ids=str)
 def test_sdpa(torch_library: EmulatedTorch, case: SliceCase, dlse: bool) -> None:
     assert not judged(sdpa.KERNEL, make_slice_inputs(case, torch.float64, dlse=dlse), case.slices)
+
+
+@pytest.mark.parametrize("scale", [0.0, 2.5, -1.0])
+@pytest.mark.parametrize("name", ["causal", "documents", "band"])
+def test_sdpa_scale(torch_library: EmulatedTorch, name: str, scale: float) -> None:
+    case = BY_NAME[name]
+    inputs = make_slice_inputs(case, torch.float64, dlse=True)
+    judge = Judge(inputs, visible(case.slices, case.q_len, case.k_len), scale=scale)
+    assert not judge.objections(run_kernel(sdpa.KERNEL, inputs, [case.slices], scale=scale))
 
 
 @pytest.mark.parametrize("case", [case for case in SEEING if len(case.slices) > 1], ids=str)

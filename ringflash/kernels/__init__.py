@@ -46,10 +46,6 @@ class Problem:
     dlse: bool = False
     banded: bool = False
 
-    @property
-    def device_type(self) -> str:
-        return self.device
-
     @classmethod
     def of(
         cls,

@@ -74,9 +74,9 @@ def _unexpected(operator: Any) -> str | None:
 
 
 @cache
-def _no_random_state(device: torch.device) -> tuple[Tensor, Tensor]:
-    """The dropout arguments of a backward without dropout."""
-    return torch.zeros(2, dtype=torch.uint64, device=device), torch.zeros((), dtype=torch.uint64, device=device)
+def _no_random_state(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The dropout arguments of a backward without dropout: never read, but they must be there."""
+    return torch.zeros(2, dtype=dtype, device=device), torch.zeros((), dtype=dtype, device=device)
 
 
 @contextmanager
@@ -182,13 +182,11 @@ class Torch:
         return _cut(slices) if _cudnn_wanted(Shape.of(q, k, v), backward, deterministic) else launches(slices)
 
     def _takes_cudnn(self, q: Tensor, k: Tensor, v: Tensor, call: Call, backward: bool) -> bool:
-        if call.sequences is not None or not call.repeated or call.left != UNLIMITED:
+        if call.sequences is not None or not call.repeated or min(q.shape[1], k.shape[1]) < CUDNN_SIDE:
             return False
-        if min(q.shape[1], k.shape[1]) < CUDNN_SIDE or not (
-            call.right == UNLIMITED or (call.right == 0 and q.shape[1] == k.shape[1])
-        ):
-            return False
-        return _cudnn_wanted(Shape.of(q, k, v), backward, call.deterministic)
+        full = call.left == UNLIMITED and call.right == UNLIMITED
+        causal_square = call.left == UNLIMITED and call.right == 0 and q.shape[1] == k.shape[1]
+        return (full or causal_square) and _cudnn_wanted(Shape.of(q, k, v), backward, call.deterministic)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> State:
         if self._takes_cudnn(q, k, v, call, backward=False):
@@ -204,21 +202,19 @@ class Torch:
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, lse: Tensor, delta: Tensor | None, call: Call
     ) -> tuple[Tensor, Tensor, Tensor]:
         assert out is not None
-        seed, offset = _no_random_state(q.device)
         if self._takes_cudnn(q, k, v, call, backward=True):
             dout, q, k, v, out = (x.transpose(1, 2) for x in (dout, q, k, v, out))
             dout, out = _dense_like(dout, q), _dense_like(out, q)
             if _cudnn_lse_dims(q.device) == 4:
                 lse = lse.unsqueeze(-1)
-            lengths = (None, None, q.shape[2], k.shape[2])
-            grads = _cudnn_backward(dout, q, k, v, out, lse, seed, offset, None, *lengths, 0.0, call.right == 0, scale=call.scale)
+            rest = (*_no_random_state(q.device, torch.int64), None, None, None, q.shape[2], k.shape[2])
+            grads = _cudnn_backward(dout, q, k, v, out, lse, *rest, 0.0, call.right == 0, scale=call.scale)
             dq, dk, dv = (x.transpose(1, 2) for x in grads)
             return dq, dk, dv
         q, k, v, dout, out = same_width(q, k, v, dout, out)
+        lengths, random = _lengths(q, k, call), _no_random_state(q.device, torch.uint64)
         with _deterministic(call.deterministic):
-            dq, dk, dv = _flash_backward(
-                dout, q, k, v, out, lse, *_lengths(q, k, call), 0.0, False, seed, offset, **_window(call)
-            )
+            dq, dk, dv = _flash_backward(dout, q, k, v, out, lse, *lengths, 0.0, False, *random, **_window(call))
         return dq, dk, dv
 
 

@@ -201,10 +201,15 @@ class _Packed:
         return x.reshape(x.shape[0], self._batch, -1).transpose(0, 1)
 
 
-def _add(into: Tensor, part: Tensor, first: int, runs: list[tuple[int, int]]) -> None:
+def _add(into: Tensor, part: Tensor, first: int, runs: list[tuple[int, int]], sign: int = 1) -> None:
     """Adds those runs of part (B, S', H, >= D), whose row 0 is row ``first`` of into (B, S, H, D)."""
     for a, b in runs:
-        into[:, a:b] += part[:, a - first : b - first, :, : into.shape[3]]
+        into[:, a:b].add_(part[:, a - first : b - first, :, : into.shape[3]], alpha=sign)
+
+
+def _positive(q: Tensor, scale: float) -> tuple[Tensor, float, int]:
+    """(q, scale, sign) with the same scores and no negative scale, under which libraries would take a minimum for the maximum."""
+    return (q, scale, 1) if scale >= 0 else (-q, -scale, -1)
 
 
 def _calls(
@@ -241,6 +246,7 @@ class WindowedKernel:
         if not (q.shape[0] and q.shape[2] and len(slices)):
             return state.result(finish)
         library, Dv = self.library_for(q), v.shape[3]
+        q, scale, _ = _positive(q, scale)
         q, k, v = (fitted(x, round_up(x.shape[3])) for x in (q, k, v))
         for at, call in _calls(library, slices, q, k, v, Call(scale, softcap), backward=False):
             out, lse = library.forward(at.rows(q), at.keys(k), at.keys(v), call)
@@ -271,6 +277,7 @@ class WindowedKernel:
         if not (q.shape[0] and q.shape[2] and len(slices)):
             return
         library = self.library_for(q)
+        q, scale, sign = _positive(q, scale)
         width, width_v = round_up(q.shape[3]), round_up(v.shape[3])
         if out is None and not library.takes_delta:
             width = width_v = width_with_delta(q.shape[3], v.shape[3])
@@ -288,6 +295,6 @@ class WindowedKernel:
                 at.statistics(delta) if out is None else None,
                 call,
             )
-            _add(dq, at.back(dq_part), at.first_row, at.row_runs)
+            _add(dq, at.back(dq_part), at.first_row, at.row_runs, sign)
             _add(dk, at.back(dk_part), at.first_key, at.key_runs)
             _add(dv, at.back(dv_part), at.first_key, at.key_runs)

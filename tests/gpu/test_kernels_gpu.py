@@ -1,4 +1,4 @@
-"""The kernels on a CUDA device: the cases of the CPU tests, sizes at which libraries change their ways, what only devices have."""
+"""The kernels on a CUDA device: the cases of the CPU tests, and sizes at which libraries change their ways."""
 
 from __future__ import annotations
 
