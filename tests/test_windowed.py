@@ -23,7 +23,7 @@ from ringflash.kernels.windowed import Library, WindowedKernel
 from ringflash.slices import Slices
 from ringflash.testing.oracle import Inputs
 from ringflash.testing.slice_cases import CASES, SliceCase, documents, make_slice_inputs, run_kernel, visible
-from ringflash.testing.tolerance import Judge
+from ringflash.testing.tolerance import Judge, accumulate_dtype
 
 SEEING = [case for case in CASES if len(case.slices) and case.heads]
 BY_NAME = {case.name: case for case in CASES}
@@ -56,10 +56,9 @@ def one_forward(q: Tensor, k: Tensor, v: Tensor, slices: Slices, scale: float, s
 def one_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, slices: Slices, scale: float, softcap: float
 ) -> list[Tensor]:
-    grads = [torch.zeros_like(x) for x in (q, k, v)]
-    dq, dk, dv = grads
+    dq, dk, dv = (torch.zeros_like(x, dtype=lse.dtype) for x in (q, k, v))
     reference.KERNEL.backward(dout, q, k, v, None, lse, delta, slices, scale=scale, softcap=softcap, dq=dq, dk=dk, dv=dv)
-    return grads
+    return [x.to(q.dtype) for x in (dq, dk, dv)]
 
 
 def check_inputs(*tensors: Tensor, one_width: bool = True) -> None:
@@ -89,7 +88,8 @@ def library_forward(
     if cu_q is None:
         return one_forward(q, k, v, window(q.shape[1], k.shape[1], k.shape[1]), scale, softcap)
     assert cu_k is not None and max_q >= 2
-    out, lse = q.new_full((*q.shape[:-1], v.shape[-1]), torch.nan), q.new_full((q.shape[1], q.shape[0]), torch.nan)
+    out = q.new_full((*q.shape[:-1], v.shape[-1]), torch.nan)
+    lse = q.new_full((q.shape[1], q.shape[0]), torch.nan, dtype=accumulate_dtype(q.dtype))
     for rows, keys in spans(cu_q, cu_k):
         n, m = rows.stop - rows.start, keys.stop - keys.start
         assert n <= max_q or not m
@@ -115,7 +115,7 @@ def library_backward(
     """delta = rowsum(dout * out) - dlse, as every library computes it."""
     assert lse.is_contiguous() and scale >= 0
     cu_q, cu_k, _, max_k = lengths
-    delta = (dout * out).sum(-1).transpose(-1, -2)
+    delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1).transpose(-1, -2)
     delta = delta if dlse is None else delta - dlse
     if cu_q is None:
         return one_backward(dout, q, k, v, lse, delta, window(q.shape[1], k.shape[1], k.shape[1]), scale, softcap)
@@ -248,6 +248,14 @@ def judged(kernel: Any, inputs: Inputs, slices: Slices, softcap: float = 0.0, de
 @pytest.mark.parametrize("case", SEEING, ids=str)
 def test_sdpa(torch_library: EmulatedTorch, case: SliceCase, dlse: bool) -> None:
     assert not judged(sdpa.KERNEL, make_slice_inputs(case, torch.float64, dlse=dlse), case.slices)
+
+
+@pytest.mark.parametrize("dlse", [False, True], ids=["", "dlse"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", SEEING, ids=str)
+def test_sdpa_rounding(torch_library: EmulatedTorch, case: SliceCase, dtype: torch.dtype, dlse: bool) -> None:
+    """Partial results rounded to the inputs' dtype, and delta carried in it, stay within the tolerance of plain torch."""
+    assert not judged(sdpa.KERNEL, make_slice_inputs(case, dtype, dlse=dlse), case.slices)
 
 
 @pytest.mark.parametrize("scale", [0.0, 2.5, -1.0])
