@@ -3,9 +3,9 @@
 Every rank keeps what others may read in buffers that all ranks map (symmetric memory). A receiver's copy stream waits for the
 owner's signal, copies the rows it needs, and signals back that the buffer may be written again. Signals are 32-bit counters
 written and awaited by the streams themselves (cuStreamWriteValue32, cuStreamWaitValue32): no kernel, no multiprocessor, no host.
-On 4 H200 this moves 174-364 GB/s at 4-256 MB against 61-277 by NCCL's send/recv; it costs a running kernel 0-1 % against 3-4 %.
+On 4 H200 this moves 174-364 GB/s at 4-256 MB against 61-277 by NCCL's send/recv; a running kernel loses 0-1 % instead of 3-4 %.
 
-Two buffers of a kind alternate: for chunks from pass to pass (a pass's chunk is read while the next layer is already packing), for
+Two buffers of a kind alternate: for chunks from pass to pass (one is read while the next layer already packs the other), for
 gradients from step to step. Nothing here uses NVLink multicast.
 """
 
