@@ -132,19 +132,19 @@ NVLINK = LinkTable(
     node=8,
 )
 CPU = DeviceTable(
-    # One core with AVX-512, float32, torch's CPU flash operator at 4k tokens.
+    # One core with AVX-512, processor time, float32 at 2k tokens, torch's CPU flash operator.
     name="CPU core",
     tile=64,
     units=1,
-    rates=(Rate(64, 0.09, 0.04, 0.08, 0.035),),
-    launch_s=30e-6,
-    memory_GBps=10,
+    rates=(Rate(64, 0.08, 0.014, 0.077, 0.013), Rate(128, 0.084, 0.017, 0.082, 0.016)),
+    launch_s=150e-6,
+    memory_GBps=20,
 )
 GLOO = LinkTable(
-    # gloo between processes of one machine; between machines, 10 Gb/s Ethernet on paper.
+    # gloo between two processes of one machine; between machines, 10 Gb/s Ethernet on paper.
     name="gloo",
-    fast=Link(((1 << 16, 0.3), (MB, 1.2), (16 * MB, 1.6)), latency_s=200e-6),
-    slow=Link(((1 << 16, 0.2), (MB, 0.9), (16 * MB, 1.1)), latency_s=300e-6),
+    fast=Link(((1 << 16, 0.6), (MB, 1.1), (16 * MB, 1.2)), latency_s=100e-6),
+    slow=Link(((1 << 16, 0.3), (MB, 0.9), (16 * MB, 1.1)), latency_s=200e-6),
     node=64,
 )
 DEFAULTS = {
