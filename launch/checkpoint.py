@@ -2,7 +2,8 @@
 
 One folder per checkpoint: torch.distributed.checkpoint's files (parameters, optimiser state, random state) and ``state.json``
 (step, data position, configuration, history). It is written beside its final name and renamed when complete; the file
-``latest`` is replaced last. So a run killed at any moment leaves a complete checkpoint or none, never half of one."""
+``latest`` is replaced last. So a run killed at any moment leaves a complete checkpoint or none, never half of one.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +36,8 @@ class State:
     """Where a run is, beside its tensors. ``sequences`` is the data position: how many sequences were consumed.
 
     ``history`` holds one dictionary per step (step, loss, lr, grad_norm, seconds) and per validation (step, validation), from
-    the first step on, whatever number of times the run was resumed."""
+    the first step on, whatever number of times the run was resumed.
+    """
 
     step: int
     sequences: int
@@ -50,7 +52,8 @@ class State:
 
 def save(folder: Path, state: State, model: nn.Module, optimizer: Optimizer, world: World, *, keep: int) -> Path:
     """Write the checkpoint of ``state.step`` under ``folder`` and drop all but the ``keep`` newest. Collective; returns its
-    path."""
+    path.
+    """
     import torch.distributed.checkpoint as dcp
 
     target = folder / f"step-{state.step:08d}"
@@ -89,7 +92,8 @@ def load(path: Path, model: nn.Module, optimizer: Optimizer) -> None:
 
 def _tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     """All tensors of a run under names that do not depend on the number of ranks. Every rank holds them whole;
-    torch.distributed.checkpoint writes each only once."""
+    torch.distributed.checkpoint writes each only once.
+    """
     from torch.distributed.checkpoint.state_dict import get_state_dict
 
     parameters, optimiser_state = get_state_dict(model, optimizer)
@@ -120,7 +124,8 @@ def resolve(resume: str, out: Path, config: dict[str, Any]) -> tuple[Path | None
     """The checkpoint to start from (None for a fresh start) and one sentence that says why.
 
     "auto" looks at the newest run under ``out`` and takes it if it was interrupted and has the same configuration. A path names
-    a run or a checkpoint; ValueError if it holds none, or one that computes something else."""
+    a run or a checkpoint; ValueError if it holds none, or one that computes something else.
+    """
     if resume == "never":
         return None, "fresh start (resume=never)"
     if resume != "auto":

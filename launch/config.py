@@ -1,7 +1,8 @@
 """The configuration of ``ringflash train``: every option with its default, its meaning and its limits.
 
 The dataclasses are the schema: Hydra checks names and types against them, ``check`` the rest. ``conf/`` holds the values. Hydra
-is imported when training starts, never with ``ringflash`` itself."""
+is imported when training starts, never with ``ringflash`` itself.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ class ModelConfig:
     head_dim: int = _option(32, "width of one head; even")
     ffn_dim: int = _option(512, "width of the SwiGLU feed-forward")
     windows: list[int] = field(
-        default_factory=lambda: [512, 0],
+        default_factory=lambda: [64, 0],
         metadata={"help": "attention windows of the layers, repeated over the depth; 0 sees everything"},
     )
     rope_base: float = _option(10000.0, "base of the rotary frequencies")
@@ -87,7 +88,7 @@ class TrainConfig:
     ranks: int = _option(4, "ranks to start when no launcher did; 0 is one per GPU")
     seqlen: int = _option(8192, "tokens of one sequence, all ranks together")
     batch: int = _option(1, "sequences per step, all replicas together; divisible by parallel.dp")
-    steps: int = _option(50, "optimizer steps of the whole run")
+    steps: int = _option(60, "optimizer steps of the whole run")
     seed: int = _option(0, "seed of parameters and data order")
     out: str = _option("outputs/train", "folder of all runs")
     run_dir: str = _option("", "folder of this run; normally OUT/DATE_TIME")

@@ -2,7 +2,8 @@
 
 Every rank reads the whole corpus (tens of megabytes) and cuts the same sequences from it, so nothing is scattered; which tokens
 of a sequence a rank keeps is the layout's business (``cp.shard``). A sequence is addressed by its number: the n-th sequence of
-a run is the same for every number of ranks, which is what makes a run resumable on a different number of them."""
+a run is the same for every number of ranks, which is what makes a run resumable on a different number of them.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 Bytes = npt.NDArray[np.uint8]
+Integers = npt.NDArray[np.int64]
 
 SEPARATOR = 0
 """First byte of every document. NUL does not occur in text, so it costs no vocabulary entry."""
@@ -43,8 +45,9 @@ class Sample:
 class Split:
     """One side of the split: documents, and the endless stream of sequences cut from them.
 
-    Each epoch concatenates all documents in a new random order and cuts the stream every ``seqlen`` bytes; what is left over at
-    the end of an epoch is dropped."""
+    Each epoch concatenates all documents in a new random order, cuts the stream every ``seqlen`` bytes and shuffles the pieces,
+    so that a long document does not fill many steps in a row. What is left over at the end of an epoch is dropped.
+    """
 
     def __init__(self, documents: Sequence[Bytes], seqlen: int, seed: int, name: str):
         self.name, self.seqlen, self.seed = name, seqlen, seed
@@ -59,15 +62,16 @@ class Split:
             )
 
     @functools.lru_cache(maxsize=2)  # noqa: B019 - a Split lives as long as the process
-    def _epoch(self, epoch: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Order of the documents in this epoch and where each one ends in the epoch's stream."""
-        order = np.random.default_rng((self.seed, epoch)).permutation(len(self._lengths))
-        return order, np.cumsum(self._lengths[order])
+    def _epoch(self, epoch: int) -> tuple[Integers, Integers, Integers]:
+        """Order of the documents in this epoch, where each one ends in the epoch's stream, and the order of the pieces."""
+        generator = np.random.default_rng((self.seed, epoch))
+        order = generator.permutation(len(self._lengths))
+        return order, np.cumsum(self._lengths[order]), generator.permutation(self.sequences_per_epoch)
 
     def _pieces(self, number: int) -> Iterator[Bytes]:
         epoch, place = divmod(number, self.sequences_per_epoch)
-        order, ends = self._epoch(epoch)
-        position, stop = place * self.seqlen, (place + 1) * self.seqlen
+        order, ends, pieces = self._epoch(epoch)
+        position, stop = pieces[place] * self.seqlen, (pieces[place] + 1) * self.seqlen
         index = int(np.searchsorted(ends, position, side="right"))
         while position < stop:
             document = order[index]

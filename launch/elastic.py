@@ -114,7 +114,8 @@ def say(text: str) -> None:
 @dataclass(frozen=True)
 class LastWord:
     """What a rank says before it ends. Kinds: Stopped (on request), Lost (because of another rank), Said (its own failure,
-    printed)."""
+    printed).
+    """
 
     kind: str
     text: str = ""

@@ -99,7 +99,8 @@ class SwiGLU(nn.Module):
 
 class Block(nn.Module):
     """Pre-norm residual block. With ``recompute`` the feed-forward part is redone in backward; attention never is: redoing it
-    would move every key and value through the ring a second time."""
+    would move every key and value through the ring a second time.
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -121,7 +122,8 @@ class Block(nn.Module):
 
 class GPT(nn.Module):
     """Decoder over bytes: ``forward(tokens_BS, context)`` gives this rank's logits (B, S, V) in float32 (float64 for a float64
-    model)."""
+    model).
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -134,7 +136,8 @@ class GPT(nn.Module):
 
     def reset_parameters(self) -> None:
         """Random projections of unit gain; what writes into the residual stream starts at zero, and so do the logits: the first
-        loss is ln 256 whatever the depth."""
+        loss is ln 256 whatever the depth.
+        """
         for name, parameter in self.named_parameters():
             if name == "embedding.weight":
                 nn.init.normal_(parameter)

@@ -39,7 +39,8 @@ def bootstrap(timeout: timedelta) -> Store | None:
     """Set torch's variables for a process started by MPI and return the store all ranks share.
 
     Without mpi4py this still works if MASTER_ADDR and MASTER_PORT say where to meet; then None is returned and ``env://`` does
-    the rest. Raises ImportError, with what to do, if there is neither."""
+    the rest. Raises ImportError, with what to do, if there is neither.
+    """
     try:
         from mpi4py import MPI
     except ImportError as error:

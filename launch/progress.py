@@ -11,7 +11,8 @@ class Progress:
     """Context manager. ``step`` after every step, ``say`` for anything else; silent on all ranks but the first.
 
     tokens/s and ETA come from the last steps only, so that a slow first step (start-up, plans) or a checkpoint does not linger
-    in them."""
+    in them.
+    """
 
     _MEMORY = 0.8  # weight of the past in the running mean of step times
 

@@ -9,17 +9,19 @@ import torch
 import torch.distributed as dist
 
 from ringflash.launch import world as worlds
-from ringflash.launch.trainer import Trainer
+from ringflash.launch.trainer import DTYPES, Trainer
 
 _LIMITS = {"float32": (1e-5, 1e-4), "bfloat16": (1e-3, 2e-2)}
 """Largest relative difference of loss and gradients. Same arithmetic in another order: some hundred units of the last place in
-float32. In bfloat16 each rank rounds its share of a weight's gradient (2^-9) before the float32 sum."""
+float32. In bfloat16 each rank rounds its share of a weight's gradient (2^-9) before the float32 sum.
+"""
 
 
 @dataclass(frozen=True)
 class Verdict:
     """Many ranks against one on the same sequence: losses, gradient norms, ``||g_many - g_one|| / ||g_one||`` and its worst
-    parameter."""
+    parameter.
+    """
 
     ranks: int
     loss: tuple[float, float]
@@ -120,6 +122,16 @@ def plan_picture(trainer: Trainer, path: Path) -> None:
     """PNG of the plan of one layer: who computes what, when."""
     from ringflash.parallel.picture import draw_plan
 
+    dtype = DTYPES[trainer.config.machine.dtype]
     model, documents = trainer.config.model, trainer.config.data.documents
     mask = trainer.mask_of(trainer.corpus.train.sample(0, documents=documents))
-    draw_plan(trainer.placed(mask), mask, trainer.config.seqlen, model.heads, model.kv_heads, model.head_dim, path)
+    draw_plan(
+        trainer.placed(mask),
+        mask,
+        trainer.config.seqlen,
+        model.heads,
+        model.kv_heads,
+        model.head_dim,
+        path,
+        dtype_bytes=dtype.itemsize,
+    )

@@ -4,7 +4,8 @@
 launcher starts the ranks. ``work`` is one rank, whoever started it.
 
 Exit codes: 0 done; 1 failed (a rank died, or the check at the end did); 2 a mistake in the options; 75 a rank that failed
-because another one did; 128 + signal stopped on request, with a checkpoint."""
+because another one did; 128 + signal stopped on request, with a checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -90,7 +91,8 @@ def _start(config: TrainConfig, arguments: list[str]) -> int:
 
 def work(arguments: Sequence[str]) -> int:
     """One rank, from joining to leaving; returns its exit code. Only rank 0 prints and writes, unless another rank fails
-    alone."""
+    alone.
+    """
     stop = StopRequest()
     try:
         config = configs.compose(arguments)

@@ -2,7 +2,8 @@
 
 Two reductions per step cross ranks outside attention: the loss (inside ``cp.cross_entropy``) and one all-reduce of a flat
 buffer that every gradient is a view of. That buffer's tail carries the loss for display and the wish to stop, so that all ranks
-leave the loop after the same step without a message of its own."""
+leave the loop after the same step without a message of its own.
+"""
 
 from __future__ import annotations
 
@@ -96,7 +97,8 @@ class Trainer:
 
     def placed(self, mask: rf.Mask) -> rf.ContextParallel:
         """The context for sequences under ``mask``. "balanced" decides by the mask where tokens lie; after that it is a layout
-        like any other, on which layers with a window use masks of their own."""
+        like any other, on which layers with a window use masks of their own.
+        """
         view = self.cp.for_mask(mask)
         if view.layout == "balanced":
             view.layout = view.layout_of(self.config.seqlen)

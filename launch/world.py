@@ -1,7 +1,8 @@
 """Ranks as one world: who started this process, joining, stopping together, and finding out who is missing.
 
 torchrun, mpirun and srun describe the world in different environment variables; ``join`` ends with the same process group and
-the same ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, ``LOCAL_WORLD_SIZE`` for all of them."""
+the same ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, ``LOCAL_WORLD_SIZE`` for all of them.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ def launcher(environment: Mapping[str, str] = os.environ) -> str | None:
     """Who started this process: "torchrun", "mpi", "slurm", or None if nobody did and the ranks are still to be started.
 
     Open MPI's own variables outrank Slurm's, because under Slurm its daemons inherit those. A Slurm batch script has
-    SLURM_PROCID too, but is no task of a step; and a step of one task is an interactive shell."""
+    SLURM_PROCID too, but is no task of a step; and a step of one task is an interactive shell.
+    """
     if "RANK" in environment:
         return "torchrun"
     if "OMPI_COMM_WORLD_RANK" in environment:
@@ -125,7 +127,8 @@ def leave() -> None:
 
 def slurm_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """torch's variables from those of ``srun``. A user's MASTER_ADDR and MASTER_PORT win; else the first host of the job and a
-    port made from the job's number, so that two jobs on one host do not meet."""
+    port made from the job's number, so that two jobs on one host do not meet.
+    """
     hosts = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", "")
     address = environment.get("MASTER_ADDR")
     if address is None:
@@ -159,7 +162,8 @@ class StopRequest:
     """Turns Ctrl-C and termination into a wish that the training loop grants between two steps, on all ranks together.
 
     A second signal some seconds later does not wait; one right after the first is the same one on another way (terminal and
-    launcher). A launcher that vanished (kill -9) counts as a request, so that no rank outlives it."""
+    launcher). A launcher that vanished (kill -9) counts as a request, so that no rank outlives it.
+    """
 
     def __init__(self) -> None:
         self.signal: int | None = None
@@ -205,7 +209,8 @@ def roll_call(world: World, mine: Report, wait_s: float) -> dict[int, Report | N
     """After a failure: tell the others why, and learn what each of them says; None is a rank that says nothing.
 
     Collectives are unusable now, but the store still answers (it lives with the launcher, or with rank 0). Waits up to
-    ``wait_s``: a rank that died or hangs cannot answer, everybody else has failed too or is about to."""
+    ``wait_s``: a rank that died or hangs cannot answer, everybody else has failed too or is about to.
+    """
     reports: dict[int, Report | None] = {rank: None for rank in range(world.size)}
     reports[world.rank] = mine
     try:
