@@ -71,11 +71,14 @@ __device__ __forceinline__ int claim_item(const BackwardParams& p) {
 struct __align__(16) Walk {
   int4 item[2];
   int next, items;  // the item after this one; how many came before it
+  int ending_key;   // for the warp that prefetches: the item that ends soon, or -1
+  int ending_batch, ending_kv_head, unused;
+  uint64_t ends_soon, noted;
 };
 
 /// Tells every step of every item this CTA gets, in s.steps, then one with kStop; after each it calls on_step(i, step). By one
 /// thread.
-template <class Shared, class OnStep>
+template <bool Prefetch, class Shared, class OnStep>
 __device__ __forceinline__ void walk_items(const BackwardParams& p, Shared& s, int rows, const OnStep& on_step) {
   int i = 0;
   s.walk.next = claim_item(p), s.walk.items = 0;
@@ -100,6 +103,7 @@ __device__ __forceinline__ void walk_items(const BackwardParams& p, Shared& s, i
           if (m < 0 && run + 1 == s.walk.item[0].y && s.walk.item[1].y + 1 == s.walk.item[1].z) {
             flags |= kLast;
             s.walk.next = claim_item(p);
+            if (Prefetch) ptx::mbarrier_arrive(&s.walk.ends_soon);
           }
           step.flags = flags;
           flags = 0;
@@ -109,20 +113,25 @@ __device__ __forceinline__ void walk_items(const BackwardParams& p, Shared& s, i
         } while (m >= 0);
       }
     }
+    if (Prefetch) ptx::mbarrier_wait(&s.walk.noted, s.walk.items & 1);
     s.walk.items++;
   }
   s.steps[i % kStepRing].flags = kStop;
   ptx::mbarrier_arrive(&s.step_told[i % kStepRing]);
+  if (Prefetch) {
+    s.walk.item[0].z = -1;
+    ptx::mbarrier_arrive(&s.walk.ends_soon);
+  }
 }
 
 /// The producer thread: walks the work list and copies the tiles of each step. Shared memory tiles are [panel][row][64]. Where
 /// s.k has two buffers, the keys of the next item arrive while this one is worked on.
-template <int Rows, int Keys, int Panels, int PanelsV, class Shared>
+template <bool Prefetch, int Rows, int Keys, int Panels, int PanelsV, class Shared>
 __device__ __forceinline__ void produce_tiles(const BackwardParams& p, Shared& s, const CUtensorMap* q_map,
                                               const CUtensorMap* k_map, const CUtensorMap* v_map, const CUtensorMap* dout_map) {
   ptx::prefetch_tensor_map(q_map), ptx::prefetch_tensor_map(k_map);
   ptx::prefetch_tensor_map(v_map), ptx::prefetch_tensor_map(dout_map);
-  walk_items(p, s, Rows, [&](int i, const Step& step) {
+  walk_items<Prefetch>(p, s, Rows, [&](int i, const Step& step) {
     const int stage = i & 1, phase = (i >> 1) & 1;
     ptx::mbarrier_wait(&s.q_free[stage], phase ^ 1);
     ptx::mbarrier_arrive_expect(&s.q_full[stage], sizeof(s.q[0]));
@@ -271,27 +280,81 @@ __device__ __forceinline__ void finish_gradient(void* base, bool store, int64_t 
   }
 }
 
-/// Deterministic mode. A query tile is added to by key tiles from the last to the first, passes over one tile in turn; the
-/// turn of key tile `tile` is how many visits come before it. The work list hands out key tiles in the same order, so whoever is
-/// waited for has started: no deadlock. Last to first, because under a causal mask that is the order in which they arrive.
-__device__ __forceinline__ int turn_of(const BackwardParams& p, int q_tile, int tile, int pass) {
-  int turn = pass;
-  for (int i = __ldg(p.visit_offsets + q_tile); i < __ldg(p.visit_offsets + q_tile + 1); i++) {
-    const int2 v = __ldg(p.visits + i);
-    turn += max(v.y - max(v.x, tile + 1), 0);
+/// Deterministic mode. A query tile is added to by key tiles from the last to the first, passes over one tile in turn; the turn
+/// of key tile `tile` is how many visits come before it. The work list hands out key tiles in the same order, so whoever is
+/// waited for has started: no deadlock. Last to first, because under a causal mask that is the order in which they arrive. Two
+/// idle producer warps keep the turns, so that the warpgroup of dQ never waits for global memory.
+struct TurnBarriers {
+  uint64_t mine[2];       // it is our turn to add step i
+  uint64_t added[2];      // the additions of step i are complete
+  uint64_t passed_on[2];  // and the next one knows
+};
+__device__ __forceinline__ int* turns_of(const BackwardParams& p, const Step& step, int rows) {
+  return p.turns + (static_cast<int64_t>(step.batch) * p.heads + step.head) * p.q_tiles + step.first_row / rows;
+}
+/// Waits in global memory for the turn of each step. By one thread.
+template <int Rows, int Keys, class Shared>
+__device__ __forceinline__ void await_turns(const BackwardParams& p, Shared& s) {
+#pragma unroll 1
+  for (int i = 0;; i++) {
+    const Step& step = s.steps[i % kStepRing];
+    ptx::mbarrier_wait(&s.step_told[i % kStepRing], (i / kStepRing) & 1);
+    if (step.flags & kStop) break;
+    const int q_tile = step.first_row / Rows, next_tile = step.first_key / Keys + 1;
+    int turn = step.band_count >> 16;
+#pragma unroll 1
+    for (int v = __ldg(p.visit_offsets + q_tile); v < __ldg(p.visit_offsets + q_tile + 1); v++) {
+      const int2 tiles = __ldg(p.visits + v);
+      turn += max(tiles.y - max(tiles.x, next_tile), 0);
+    }
+    const int* turns = turns_of(p, step, Rows);
+    ptx::mbarrier_wait(&s.turn.passed_on[i & 1], ((i >> 1) & 1) ^ 1);
+    int now;
+    do {
+      asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(now) : "l"(turns) : "memory");
+    } while (now != turn);
+    asm volatile("fence.proxy.async.global;" ::: "memory");
+    ptx::mbarrier_arrive(&s.turn.mine[i & 1]);
   }
-  return turn;
 }
-__device__ __forceinline__ void wait_turn(const int* turns, int turn) {
-  int now;
-  do {
-    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(now) : "l"(turns) : "memory");
-  } while (now != turn);
-  asm volatile("fence.proxy.async.global;" ::: "memory");
+/// Ends the turn of each step once its additions are complete. By one thread.
+template <int Rows, class Shared>
+__device__ __forceinline__ void pass_turns_on(const BackwardParams& p, Shared& s) {
+#pragma unroll 1
+  for (int i = 0;; i++) {
+    const Step& step = s.steps[i % kStepRing];
+    ptx::mbarrier_wait(&s.step_told[i % kStepRing], (i / kStepRing) & 1);
+    if (step.flags & kStop) break;
+    int* turns = turns_of(p, step, Rows);
+    ptx::mbarrier_wait(&s.turn.added[i & 1], (i >> 1) & 1);
+    asm volatile("fence.proxy.async.global;\nred.release.gpu.global.add.s32 [%0], 1;" ::"l"(turns) : "memory");
+    ptx::mbarrier_arrive(&s.turn.passed_on[i & 1]);
+  }
 }
-/// After bulk_wait<0>, by the same thread.
-__device__ __forceinline__ void end_turn(int* turns) {
-  asm volatile("fence.proxy.async.global;\nred.release.gpu.global.add.s32 [%0], 1;" ::"l"(turns) : "memory");
+/// Brings the float32 rows that an item will add to into L2 while its last steps run: additions to rows in memory stall
+/// (measured: 18,000 cycles an item). By one warp.
+template <int Keys, class Shared>
+__device__ __forceinline__ void prefetch_gradients(const BackwardParams& p, Shared& s, int lane) {
+  const int4& item = s.walk.item[0];
+#pragma unroll 1
+  for (int phase = 0;; phase ^= 1) {
+    ptx::mbarrier_wait(&s.walk.ends_soon, phase);
+    if (item.z < 0) break;
+#pragma unroll 1
+    for (int which = p.store ? 2 : 0; which < 2; which++) {
+      const float* to = static_cast<const float*>(which ? p.dk : p.dv) + lane % 8 * 32;
+      to += item.w * (which ? p.dk_batch_stride : p.dv_batch_stride);
+      to += s.walk.item[1].x * (which ? p.dk_head_stride : p.dv_head_stride);
+      to += (item.z + lane / 8) * (which ? p.dk_seq_stride : p.dv_seq_stride);
+#pragma unroll 1
+      for (int row = lane / 8; row < min(p.k_len - item.z, Keys); row += 4) {
+        if (lane % 8 * 32 < (which ? p.head_dim : p.head_dim_v)) ptx::prefetch_l2(to);
+        to += 4 * (which ? p.dk_seq_stride : p.dv_seq_stride);
+      }
+    }
+    __syncwarp();
+    if (lane == 0) ptx::mbarrier_arrive(&s.walk.noted);
+  }
 }
 
 /// Turns scores q.k into exponents (log2 units, before the subtraction of lse). Softcap: cap * tanh(score / cap) by exp2,

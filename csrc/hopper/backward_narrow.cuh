@@ -24,13 +24,14 @@ struct __align__(1024) NarrowShared {
   uint16_t q[2][Tile::kRows * kPanelRows];  // [stage][panel][query][64]
   uint16_t dout[2][Tile::kRows * kPanelRows];
   uint16_t ds[2][2][Tile::kRows * 64];  // [stage][half of the keys][query][64 keys]
-  float dq[2][2][64 * 32];              // [half][32 columns of d][query][32]
+  float dq[2][2][64 * 32];              // [buffer][32 columns of d][query][32]
   Statistics<Tile::kRows, Tile::kKeys> statistics[2];
   Step steps[kStepRing];
   Walk walk;
   uint64_t k_full[2], k_free[2], v_full, v_free;
   uint64_t q_full[2], q_free[2], dout_full[2], dout_free[2], ds_full[2], ds_free[2];
   uint64_t step_told[kStepRing];
+  TurnBarriers turn;
 };
 
 template <class T, class Tile, bool Softcap, bool Deterministic>
@@ -40,6 +41,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
                     const __grid_constant__ CUtensorMap dq_map, const __grid_constant__ BackwardParams p) {
   using Shared = NarrowShared<Tile>;
   constexpr int kD = Tile::kHeadDim, kRows = Tile::kRows, kKeys = Tile::kKeys, kPanels = Tile::kPanels;
+  constexpr bool kEarly = Tile::kEarly;
   extern __shared__ __align__(1024) uint8_t raw[];
   Shared& s = *reinterpret_cast<Shared*>(raw);
   const int warpgroup = threadIdx.x / 128, thread = threadIdx.x % 128, lane = thread % 32;
@@ -50,8 +52,11 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       ptx::mbarrier_init(&s.q_full[i], 2), ptx::mbarrier_init(&s.dout_full[i], 1);
       ptx::mbarrier_init(&s.q_free[i], 8), ptx::mbarrier_init(&s.dout_free[i], 8);
       ptx::mbarrier_init(&s.ds_full[i], 8), ptx::mbarrier_init(&s.ds_free[i], 4);
+      ptx::mbarrier_init(&s.turn.mine[i], 1), ptx::mbarrier_init(&s.turn.added[i], 1),
+          ptx::mbarrier_init(&s.turn.passed_on[i], 1);
     }
     for (int i = 0; i < kStepRing; i++) ptx::mbarrier_init(&s.step_told[i], 1);
+    ptx::mbarrier_init(&s.walk.ends_soon, 1), ptx::mbarrier_init(&s.walk.noted, 1);
     ptx::mbarrier_init_fence();
   }
   __syncthreads();
@@ -59,23 +64,30 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   if (warpgroup == 0) {
     ptx::registers_lower<Tile::kProducerRegisters>();
     if (thread == 0) {
-      produce_tiles<kRows, kKeys, kPanels, kPanels>(p, s, &q_map, &k_map, &v_map, &dout_map);
+      produce_tiles<!Deterministic, kRows, kKeys, kPanels, kPanels>(p, s, &q_map, &k_map, &v_map, &dout_map);
     } else if (thread / 32 == 2) {
       produce_statistics<kRows, kKeys>(p, s, lane);
+    } else if (thread / 32 == 1) {
+      if (!Deterministic)
+        prefetch_gradients<kKeys>(p, s, lane);
+      else if (lane == 0)
+        await_turns<kRows, kKeys>(p, s);
+    } else if (Deterministic && thread == 96) {
+      pass_turns_on<kRows>(p, s);
     }
   } else if (warpgroup == 3) {
     ptx::registers_lower<Tile::kDqRegisters>();
     using Product = ptx::Wgmma<64, T, true, false>;
+    constexpr int kParts = Tile::kDqParts;
     const int warp = thread / 32, c0 = (lane % 4) * 2;
     const uint32_t ds_low = ptx::descriptor_low(ptx::shared_address(s.ds)), k_low = ptx::descriptor_low(ptx::shared_address(s.k));
     // This lane holds d = 16 warp + lane / 4 (+ 8) and queries 8 j + c0 (+ 1): 4-byte stores, one box row (32 d) per query, chunk
     // ^= query % 8: free of bank conflicts.
     const uint32_t box = ptx::shared_address(s.dq) + (warp >> 1) * 64 * 128 + c0 * 128 +
                          ((((warp & 1) * 4 + (lane >> 4)) ^ c0) << 4) + ((lane >> 2) & 3) * 4;
-    int items = -1;
-    int* owed = nullptr;  // deterministic: the turn this thread holds until its additions are complete
+    int items = -1, i = 0;
 #pragma unroll 1
-    for (int i = 0;; i++) {
+    for (;; i++) {
       const Step& step = s.steps[i % kStepRing];
       ptx::mbarrier_wait(&s.step_told[i % kStepRing], (i / kStepRing) & 1);
       const int flags = step.flags;
@@ -85,29 +97,28 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       const uint32_t k_now = k_low + (items & 1) * (sizeof(s.k[0]) / 16);
       const int stage = i & 1;
       const uint32_t b = ds_low + stage * (2 * kRows * 128 / 16);
-      int turn = 0;
-      int* turns = nullptr;
-      if (Deterministic && thread == 0) {
-        turns = p.turns + (static_cast<int64_t>(batch) * p.heads + head) * p.q_tiles + row / kRows;
-        turn = turn_of(p, row / kRows, step.first_key / kKeys, step.band_count >> 16);
+      if (Deterministic && thread == 0 && i > 0) {
+        ptx::bulk_wait<0>();
+        ptx::mbarrier_arrive(&s.turn.added[stage ^ 1]);
       }
       ptx::mbarrier_wait(&s.ds_full[stage], (i >> 1) & 1);
-#pragma unroll 1  // unrolled, the two halves would want 64 accumulators
-      for (int half = 0; half < 2; half++) {
-        // Halves of d where there are two panels, else halves of the queries.
-        const uint32_t a_half = kPanels == 2 ? k_now + half * kKeys * 8 : k_now, b_half = kPanels == 2 ? b : b + half * 64 * 8;
+#pragma unroll 1  // unrolled, two parts would want 64 accumulators
+      for (int part = 0; part < kParts; part++) {
+        // Panels of d, or halves of the queries.
+        const int buffer = kParts == 2 ? part : stage;
+        const uint32_t a_part = k_now + (kPanels == 2 ? part : 0) * kKeys * 8, b_part = b + (kRows == 128 ? part : 0) * 64 * 8;
         float x[32];
         ptx::wgmma_fence();
-        Product::ss_first(x, ptx::descriptor(a_half), ptx::descriptor(b_half));
+        Product::ss_first(x, ptx::descriptor(a_part), ptx::descriptor(b_part));
 #pragma unroll
         for (int k = 1; k < kKeys / 16; k++)
-          Product::ss(x, ptx::descriptor(a_half + k * 128), ptx::descriptor(b_half + (k / 4) * kRows * 8 + (k % 4) * 2));
+          Product::ss(x, ptx::descriptor(a_part + k * 128), ptx::descriptor(b_part + (k / 4) * kRows * 8 + (k % 4) * 2));
         ptx::wgmma_commit();
         if (thread == 0) ptx::bulk_wait_read<1>();
-        ptx::barrier_sync<3, 128>();  // the boxes of this half were read
+        ptx::barrier_sync<3, 128>();  // this buffer was read
         ptx::wgmma_wait<0>();
         ptx::pin(x);
-        if (half == 1 && lane == 0) {
+        if (part == kParts - 1 && lane == 0) {
           ptx::mbarrier_arrive(&s.ds_free[stage]);
           if (flags & kLast) ptx::mbarrier_arrive(&s.k_free[items & 1]);
         }
@@ -116,22 +127,18 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
 #pragma unroll
           for (int e = 0; e < 4; e++)
             asm volatile("st.shared.f32 [%0], %1;" ::"r"((box ^ ((e & 1) * 16) ^ ((e >> 1) * 32)) + (e & 1) * 128 + j * 1024 +
-                                                         half * (64 * 256)),
+                                                         buffer * (64 * 256)),
                          "f"(x[j * 4 + e])
                          : "memory");
         ptx::fence_async_proxy();
-        if (Deterministic && half == 0 && thread == 0) {
-          if (owed) ptx::bulk_wait<0>(), end_turn(owed);
-          wait_turn(turns, turn);
-          owed = turns;
-        }
+        if (Deterministic && part == 0 && thread == 0) ptx::mbarrier_wait(&s.turn.mine[stage], (i >> 1) & 1);
         ptx::barrier_sync<2, 128>();
         if (thread == 0) {  // rows and columns past the end are clipped
 #pragma unroll
           for (int c = 0; c < 2; c++) {
-            const int column = (kPanels == 2 ? half * 64 : 0) + c * 32;
+            const int column = (kPanels == 2 ? part * 64 : 0) + c * 32;
             if (column < kD)
-              ptx::tensor_reduce_add(&dq_map, s.dq[half][c], column, kPanels == 2 ? row : row + half * 64, head, batch);
+              ptx::tensor_reduce_add(&dq_map, s.dq[buffer][c], column, row + (kRows == 128 ? part * 64 : 0), head, batch);
           }
           ptx::bulk_commit();
         }
@@ -139,7 +146,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     }
     if (thread == 0) {
       ptx::bulk_wait<0>();
-      if (Deterministic && owed) end_turn(owed);
+      if (Deterministic && i > 0) ptx::mbarrier_arrive(&s.turn.added[(i - 1) & 1]);
     }
   } else {
     ptx::registers_raise<Tile::kConsumerRegisters>();
@@ -161,19 +168,33 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     float x[kRows / 2];     // S^T, then P^T, then dP^T
     uint32_t a[kRows / 4];  // P^T, then dS^T: A operands
 
-    const auto issue_scores = [&](uint32_t left, uint32_t right, int stage) {  // x = left right^T
+    float y[kRows / 2];     // if early: dP^T, which otherwise takes x's place
+    uint32_t c[kRows / 4];  // if early: dS^T, which otherwise takes a's place
+
+    const auto issue_scores = [&](float (&d)[kRows / 2], uint32_t left, uint32_t right, int stage) {  // d = left right^T
       const uint32_t r = right + stage * kStage;
-      Scores::ss_first(x, ptx::descriptor(left), ptx::descriptor(r));
+      Scores::ss_first(d, ptx::descriptor(left), ptx::descriptor(r));
 #pragma unroll
       for (int k = 1; k < kD / 16; k++)
-        Scores::ss(x, ptx::descriptor(left + (k / 4) * kKeys * 8 + (k % 4) * 2),
+        Scores::ss(d, ptx::descriptor(left + (k / 4) * kKeys * 8 + (k % 4) * 2),
                    ptx::descriptor(r + (k / 4) * kRows * 8 + (k % 4) * 2));
       ptx::wgmma_commit();
     };
-    const auto issue_gradient = [&](float (&d)[kD / 2], uint32_t right, int stage) {  // d += a right
+    const auto issue_gradient = [&](float (&d)[kD / 2], const uint32_t (&left)[kRows / 4], uint32_t right,
+                                    int stage) {  // d += left right
 #pragma unroll
-      for (int k = 0; k < kRows / 16; k++) Gradient::rs(d, a + 4 * k, ptx::descriptor(right + stage * kStage + k * 128));
+      for (int k = 0; k < kRows / 16; k++) Gradient::rs(d, left + 4 * k, ptx::descriptor(right + stage * kStage + k * 128));
       ptx::wgmma_commit();
+    };
+    const auto store_ds = [&](const uint32_t (&ds)[kRows / 4], int stage, int phase) {
+      ptx::mbarrier_wait(&s.ds_free[stage], phase ^ 1);
+#pragma unroll
+      for (int k = 0; k < kRows / 16; k++)
+        ptx::stmatrix_x4_trans(ds_store + stage * (2 * kRows * 128) + k * 16 * 128, ds[4 * k], ds[4 * k + 1], ds[4 * k + 2],
+                               ds[4 * k + 3]);
+      ptx::fence_async_proxy();
+      __syncwarp();
+      if (lane == 0) ptx::mbarrier_arrive(&s.ds_full[stage]);
     };
 
     int i = 0, items = 0;
@@ -183,7 +204,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     ptx::mbarrier_wait(&s.k_full[0], 0);
     ptx::mbarrier_wait(&s.q_full[0], 0);
     ptx::wgmma_fence();
-    issue_scores(k_low, q_low, 0);
+    issue_scores(x, k_low, q_low, 0);
 #pragma unroll
     for (int n = 0; n < kD / 2; n++) dk[n] = dv[n] = 0.f;
     ptx::wgmma_wait<0>();
@@ -192,58 +213,90 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     while (true) {
       const int stage = i & 1, phase = (i >> 1) & 1;
       const auto& rows = s.statistics[stage];
+      const auto wait_dout = [&] {
+        if (flags & kFirst) ptx::mbarrier_wait(&s.v_full, items & 1);
+        ptx::mbarrier_wait(&s.dout_full[stage], phase);
+        ptx::wgmma_fence();
+      };
+      const auto release_dout = [&] {
+        if (lane == 0) {
+          ptx::mbarrier_arrive(&s.dout_free[stage]);
+          if (flags & kLast) ptx::mbarrier_arrive(&s.v_free);
+        }
+      };
+      const int last = flags & kLast;
+      int next_flags;
+      // S of the next step, also across items: its keys are in the other buffer. The very last step repeats its own S, which
+      // nobody reads: a conditional product would cost a second code path.
+      const auto issue_next_scores = [&] {
+        const int at = (i + 1) % kStepRing;
+        ptx::mbarrier_wait(&s.step_told[at], ((i + 1) / kStepRing) & 1);
+        next_flags = s.steps[at].flags;
+        bands = s.steps[at].band_count & 0xffff;
+        int next = stage;
+        if (!(next_flags & kStop)) {
+          next = stage ^ 1;
+          if (last) ptx::mbarrier_wait(&s.k_full[(items + 1) & 1], ((items + 1) >> 1) & 1);
+          ptx::mbarrier_wait(&s.q_full[next], ((i + 1) >> 1) & 1);
+        }
+        ptx::wgmma_fence();
+        issue_scores(x, k_low + ((items + (last ? 1 : 0)) & 1) * (sizeof(s.k[0]) / 16), q_low, next);
+      };
+      if constexpr (kEarly) {
+        wait_dout();
+        issue_scores(y, v_low, dout_low, stage);
+      }
       if (Softcap) cap_scores(x, p);
       if (bands) mask_scores(x, rows.seen_by[key], rows.seen_by[key + 8], c0);
       exponentiate<Softcap>(x, rows.negative_lse + c0, p.scale_log2);
       ptx::pin(x);
-      ptx::wgmma_wait<0>();  // dK of the step before
-      ptx::pin(a);
+      ptx::wgmma_wait<kEarly ? 1 : 0>();  // dK of the step before
+      if constexpr (kEarly)
+        ptx::pin(c);
+      else
+        ptx::pin(a);
       if (!(flags & kFirst) && lane == 0) ptx::mbarrier_arrive(&s.q_free[stage ^ 1]);
 #pragma unroll
       for (int k = 0; k < kRows / 4; k++) a[k] = ptx::pack<T>(x[2 * k], x[2 * k + 1]);
-      if (flags & kFirst) ptx::mbarrier_wait(&s.v_full, items & 1);
-      ptx::mbarrier_wait(&s.dout_full[stage], phase);
-      ptx::wgmma_fence();
-      issue_scores(v_low, dout_low, stage);
-      issue_gradient(dv, dout_low, stage);
-      ptx::wgmma_wait<0>();
-      ptx::pin(x);
-      ptx::pin(a);
-      if (lane == 0) {
-        ptx::mbarrier_arrive(&s.dout_free[stage]);
-        if (flags & kLast) ptx::mbarrier_arrive(&s.v_free);
-      }
-      score_gradients<T, Softcap>(a, x, rows.negative_delta + c0, rows.negative_lse + c0, p);
-      ptx::mbarrier_wait(&s.ds_free[stage], phase ^ 1);
+      if constexpr (kEarly) {
+        ptx::wgmma_fence();
+        issue_gradient(dv, a, dout_low, stage);
+        issue_next_scores();
+        ptx::wgmma_wait<2>();  // dP
+        ptx::pin(y);
 #pragma unroll
-      for (int k = 0; k < kRows / 16; k++)
-        ptx::stmatrix_x4_trans(ds_store + stage * (2 * kRows * 128) + k * 16 * 128, a[4 * k], a[4 * k + 1], a[4 * k + 2],
-                               a[4 * k + 3]);
-      ptx::fence_async_proxy();
-      __syncwarp();
-      if (lane == 0) ptx::mbarrier_arrive(&s.ds_full[stage]);
-      // S of the next step, also across items: its keys are in the other buffer. The very last step repeats its own S, which
-      // nobody reads: a conditional product would cost a second code path.
-      const Step& next_step = s.steps[(i + 1) % kStepRing];
-      ptx::mbarrier_wait(&s.step_told[(i + 1) % kStepRing], ((i + 1) / kStepRing) & 1);
-      const int next_flags = next_step.flags, last = flags & kLast;
-      bands = next_step.band_count & 0xffff;
-      int next = stage;
-      if (!(next_flags & kStop)) {
-        next = stage ^ 1;
-        if (last) ptx::mbarrier_wait(&s.k_full[(items + 1) & 1], ((items + 1) >> 1) & 1);
-        ptx::mbarrier_wait(&s.q_full[next], ((i + 1) >> 1) & 1);
+        for (int k = 0; k < kRows / 4; k++) c[k] = a[k];
+        score_gradients<T, Softcap>(c, y, rows.negative_delta + c0, rows.negative_lse + c0, p);
+        store_ds(c, stage, phase);
+        ptx::wgmma_fence();
+        issue_gradient(dk, c, q_low, stage);
+        ptx::wgmma_wait<1>();  // dV, S of the next step
+        ptx::pin(x);
+        ptx::pin(a);
+        release_dout();
+      } else {
+        wait_dout();
+        issue_scores(x, v_low, dout_low, stage);
+        issue_gradient(dv, a, dout_low, stage);
+        ptx::wgmma_wait<0>();
+        ptx::pin(x);
+        ptx::pin(a);
+        release_dout();
+        score_gradients<T, Softcap>(a, x, rows.negative_delta + c0, rows.negative_lse + c0, p);
+        store_ds(a, stage, phase);
+        issue_next_scores();
+        issue_gradient(dk, a, q_low, stage);
+        ptx::wgmma_wait<1>();  // S of the next step
+        ptx::pin(x);
       }
-      ptx::wgmma_fence();
-      issue_scores(k_low + ((items + (last ? 1 : 0)) & 1) * (sizeof(s.k[0]) / 16), q_low, next);
-      issue_gradient(dk, q_low, stage);
-      ptx::wgmma_wait<1>();  // S of the next step
-      ptx::pin(x);
       if (last) {
         ptx::wgmma_wait<0>();
         ptx::pin(dk);
         ptx::pin(dv);
-        ptx::pin(a);
+        if constexpr (kEarly)
+          ptx::pin(c);
+        else
+          ptx::pin(a);
         if (lane == 0) {
           ptx::mbarrier_arrive(&s.q_free[stage]);
           ptx::mbarrier_arrive(&s.k_free[items & 1]);

@@ -12,7 +12,10 @@ struct NarrowTile {
   static constexpr int kThreads = 512;
   static constexpr int kConsumerRegisters = 208, kDqRegisters = 72, kProducerRegisters = 24;
   static_assert(2 * kConsumerRegisters + kDqRegisters + kProducerRegisters == 512, "the register file of a multiprocessor");
-  static_assert(kPanels * kRows == 128, "dQ is made in two halves of 64 x 64");
+  static constexpr int kDqParts = kPanels * kRows / 64;  // of 64 x 64: panels of d, or halves of the queries
+  // dP has accumulators of its own, so its product runs during the exponentials; above 64 there are no registers for that.
+  static constexpr bool kEarly = HeadDim_ <= 64 && Rows_ == 64;
+  static_assert(Rows_ == 64 || kPanels == 1, "dQ is made in at most two parts");
 };
 
 /// Head dims above 128 (backward_wide.cuh): 64 keys, whose dk and dv two warpgroups share by panels of 64 columns: the first

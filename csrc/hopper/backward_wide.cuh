@@ -28,6 +28,7 @@ struct __align__(1024) WideShared {
   uint64_t k_full[1], k_free[1], v_full, v_free;
   uint64_t q_full[2], q_free[2], dout_full[2], dout_free[2], p_full[2], p_free[2], ds_full[2], ds_free[2];
   uint64_t step_told[kStepRing];
+  TurnBarriers turn;
 };
 
 /// r[0 .. 3]: what stmatrix_x4_trans stored at the same address.
@@ -58,8 +59,11 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       ptx::mbarrier_init(&s.q_free[i], 8), ptx::mbarrier_init(&s.dout_free[i], 8);
       ptx::mbarrier_init(&s.p_full[i], 4), ptx::mbarrier_init(&s.p_free[i], 4);
       ptx::mbarrier_init(&s.ds_full[i], 4), ptx::mbarrier_init(&s.ds_free[i], 8);
+      ptx::mbarrier_init(&s.turn.mine[i], 1), ptx::mbarrier_init(&s.turn.added[i], 4),
+          ptx::mbarrier_init(&s.turn.passed_on[i], 1);
     }
     for (int i = 0; i < kStepRing; i++) ptx::mbarrier_init(&s.step_told[i], 1);
+    ptx::mbarrier_init(&s.walk.ends_soon, 1), ptx::mbarrier_init(&s.walk.noted, 1);
     ptx::mbarrier_init_fence();
   }
   __syncthreads();
@@ -83,66 +87,73 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
 
   if (warpgroup == 0) {
     ptx::registers_lower<Tile::kProducerRegisters>();
-    if (thread == 0)
-      produce_tiles<64, 64, kPanels, kPanelsV>(p, s, &q_map, &k_map, &v_map, &dout_map);
-    else if (thread / 32 == 2)
+    if (thread == 0) {
+      produce_tiles<!Deterministic, 64, 64, kPanels, kPanelsV>(p, s, &q_map, &k_map, &v_map, &dout_map);
+    } else if (thread / 32 == 2) {
       produce_statistics<64, 64>(p, s, lane);
+    } else if (thread / 32 == 1) {
+      if (!Deterministic)
+        prefetch_gradients<64>(p, s, lane);
+      else if (lane == 0)
+        await_turns<64, 64>(p, s);
+    } else if (Deterministic && thread == 96) {
+      pass_turns_on<64>(p, s);
+    }
   } else if (warpgroup == 3) {
     ptx::registers_lower<Tile::kDqRegisters>();
-    using Product = ptx::Wgmma<64, T, false, true>;
+    using Product = ptx::Wgmma<32, T, false, true>;
     const uint32_t ds_low = ptx::descriptor_low(ptx::shared_address(s.ds)), k_low = ptx::descriptor_low(ptx::shared_address(s.k));
-    int items = 0;
-    int* owed = nullptr;  // deterministic: the turn this warpgroup holds until its additions are complete
+    int items = 0, i = 0;
+    const auto added = [&](int step) {  // by all threads, some time after their additions
+      __threadfence();
+      __syncwarp();
+      if (lane == 0) ptx::mbarrier_arrive(&s.turn.added[step & 1]);
+    };
 #pragma unroll 1
-    for (int i = 0;; i++) {
+    for (;; i++) {
       const Step& step = s.steps[i % kStepRing];
       ptx::mbarrier_wait(&s.step_told[i % kStepRing], (i / kStepRing) & 1);
       const int flags = step.flags;
       if (flags & kStop) break;
       const int row = step.first_row + first_of_lane() + (lane & 1) * 8;
       float* to = p.dq + step.batch * p.dq_batch_stride + row * p.dq_seq_stride + step.head * p.dq_head_stride + (lane & 2) * 2;
-      int turn = 0;
-      int* turns = nullptr;
-      if (Deterministic) {
-        turns = p.turns + (static_cast<int64_t>(step.batch) * p.heads + step.head) * p.q_tiles + step.first_row / 64;
-        if (thread == 0) turn = turn_of(p, step.first_row / 64, step.first_key / 64, step.band_count >> 16);
-      }
       if (flags & kFirst) ptx::mbarrier_wait(s.k_full, items++ & 1);
       const int stage = i & 1;
       ptx::mbarrier_wait(&s.ds_full[stage], (i >> 1) & 1);
-#pragma unroll 1
-      for (int panel = 0; panel < kPanels; panel++) {
-        const uint32_t a = ds_low + stage * kPanel, b = k_low + panel * kPanel;
-        float x[32];
+      const uint32_t left = ds_low + stage * kPanel;
+      const auto issue = [&](float (&x)[16], int part) {  // 32 columns
+        const uint32_t right = k_low + (part / 2) * kPanel + (part % 2) * 4;
         ptx::wgmma_fence();
-        Product::ss_first(x, ptx::descriptor(a), ptx::descriptor(b));
+        Product::ss_first(x, ptx::descriptor(left), ptx::descriptor(right));
 #pragma unroll
-        for (int k = 1; k < 4; k++) Product::ss(x, ptx::descriptor(a + k * 2), ptx::descriptor(b + k * 128));
+        for (int k = 1; k < 4; k++) Product::ss(x, ptx::descriptor(left + k * 2), ptx::descriptor(right + k * 128));
         ptx::wgmma_commit();
+      };
+      // The product of one part runs while the part before is added: both take about as long.
+      float even[16], odd[16];
+      issue(even, 0);
+      if (Deterministic) {
+        if (i > 0) added(i - 1);
+        ptx::mbarrier_wait(&s.turn.mine[stage], (i >> 1) & 1);
+      }
+#pragma unroll  // a product in flight may not cross a loop's back edge
+      for (int part = 0; part < 2 * kPanels; part += 2) {
         ptx::wgmma_wait<0>();
-        ptx::pin(x);
-        if (panel == kPanels - 1 && lane == 0) {
+        ptx::pin(even);
+        issue(odd, part + 1);
+        add_rows(to + part * 32, even, lane, row < p.q_len, p.head_dim - part * 32);
+        ptx::wgmma_wait<0>();
+        ptx::pin(odd);
+        if (part + 2 < 2 * kPanels) {
+          issue(even, part + 2);
+        } else if (lane == 0) {
           ptx::mbarrier_arrive(&s.ds_free[stage]);
           if (flags & kLast) ptx::mbarrier_arrive(s.k_free);
         }
-        if (Deterministic && panel == 0) {
-          if (owed) __threadfence();
-          ptx::barrier_sync<2, 128>();
-          if (thread == 0) {
-            if (owed) end_turn(owed);
-            wait_turn(turns, turn);
-          }
-          owed = turns;
-          ptx::barrier_sync<3, 128>();
-        }
-        add_rows(to + panel * 64, x, lane, row < p.q_len, p.head_dim - panel * 64);
+        add_rows(to + part * 32 + 32, odd, lane, row < p.q_len, p.head_dim - part * 32 - 32);
       }
     }
-    if (Deterministic && owed) {
-      __threadfence();
-      ptx::barrier_sync<2, 128>();
-      if (thread == 0) end_turn(owed);
-    }
+    if (Deterministic && i > 0) added(i - 1);
   } else if (warpgroup == 1) {
     ptx::registers_raise<Tile::kConsumerRegisters>();
     constexpr int kN = Tile::kFirstK * 64, kNV = Tile::kFirstV * 64;

@@ -1,0 +1,277 @@
+"""The Hopper backward against float64 autograd: masks, head dims, GQA, strides, softcap, dlse, determinism. Gradients are added to
+what is there, so every check starts from random gradients."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from ringflash.kernels import Problem, hopper_backward
+from ringflash.slices import UNBOUNDED, Slices
+from ringflash.testing.oracle import Inputs, Results, dense_results
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
+    ),
+]
+
+OPEN = UNBOUNDED
+Rows = list[tuple[int, int, int, int, int, int]]
+
+
+def causal(q_len: int, k_len: int | None = None, window: int | None = None) -> Rows:
+    k_len = q_len if k_len is None else k_len
+    return [(0, q_len, 0, k_len, -OPEN if window is None else k_len - q_len + 1 - window, k_len - q_len)]
+
+
+def documents(lengths: Sequence[int], *, is_causal: bool = True) -> Rows:
+    ends = list(itertools.accumulate(lengths))
+    return [(e - n, e, e - n, e, -OPEN, 0 if is_causal else OPEN) for n, e in zip(lengths, ends, strict=True)]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A mask on buffers of these lengths, and why it is here."""
+
+    why: str
+    B: int
+    Sq: int
+    Sk: int
+    H: int
+    Hkv: int
+    rows: Rows
+
+
+CASES = [
+    Case("one tile", 1, 128, 128, 1, 1, [(0, 128, 0, 128, -OPEN, OPEN)]),
+    Case("one pair", 1, 1, 1, 1, 1, causal(1)),
+    Case("causal, several items a CTA", 3, 2048, 2048, 8, 2, causal(2048)),
+    Case("tails of rows and keys, GQA", 2, 333, 517, 4, 2, [(0, 333, 0, 517, -OPEN, OPEN)]),
+    Case("causal, keys longer, MQA", 1, 300, 700, 4, 1, causal(300, 700)),
+    Case("window of a tile and a key", 1, 900, 900, 2, 2, causal(900, window=129)),
+    Case("documents of odd lengths, one and zero rows", 1, 1111, 1111, 4, 1, documents([1, 7, 0, 130, 333, 129, 511])),
+    Case("many documents in one tile", 2, 700, 700, 2, 2, documents([100, 3, 2, 20, 30, 5, 97, 300, 143], is_causal=False)),
+    Case("rows that see nothing", 1, 900, 300, 2, 2, [(100, 250, 37, 290, -OPEN, 0), (700, 750, 0, 300, -OPEN, OPEN)]),
+    Case("prefix: two Slices of one row in a tile", 1, 600, 600, 2, 1, [(0, 600, 0, 150, -OPEN, OPEN), (0, 600, 150, 600, -OPEN, 0)]),
+    Case("bands of striped chunks", 1, 640, 640, 2, 2, [(0, 640, 0, 640, -300, -17), (0, 640, 0, 640, 50, 90)]),
+    Case("two arrived chunks, one causal", 1, 500, 1000, 2, 2, [(0, 500, 0, 500, -OPEN, OPEN), (0, 500, 500, 1000, -OPEN, 500)]),
+]  # fmt: skip
+DIMS = [(128, 128), (64, 64), (96, 96), (192, 192), (256, 256), (192, 128)]
+
+
+def visible_of(case: Case) -> Tensor:
+    i, j = torch.arange(case.Sq, device="cuda")[:, None], torch.arange(case.Sk, device="cuda")[None, :]
+    visible = torch.zeros(case.Sq, case.Sk, dtype=torch.bool, device="cuda")
+    for q0, q1, k0, k1, lo, hi in case.rows:
+        visible |= (i >= q0) & (i < q1) & (j >= k0) & (j < k1) & (j - i >= lo) & (j - i <= hi)
+    return visible
+
+
+def inputs_of(case: Case, dtype: torch.dtype, D: int, Dv: int, *, dlse: bool = False) -> Inputs:
+    g = torch.Generator("cuda").manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, device="cuda", generator=g)
+
+    q, k = normal(case.B, case.Sq, case.H, D).to(dtype), normal(case.B, case.Sk, case.Hkv, D).to(dtype)
+    v, dout = normal(case.B, case.Sk, case.Hkv, Dv).to(dtype), normal(case.B, case.Sq, case.H, Dv).to(dtype)
+    return Inputs(q, k, v, None, dout, normal(case.B, case.H, case.Sq) if dlse else None)
+
+
+def differentiate(case: Case, x: Inputs, exact: Results, *, deterministic: bool = False, **options: float) -> list[Tensor]:
+    """What the kernel adds to random dq, dk, dv."""
+    problem = Problem.of(x.q, x.k, x.v, softcap=bool(options.get("softcap")), deterministic=deterministic, needs_grad=True)
+    assert hopper_backward.refuses(problem) is None
+    dlse = None if x.dlse is None else x.dlse.masked_fill(exact.lse == -torch.inf, 0.0)
+    delta = (exact.out * x.dout.double()).sum(-1).transpose(1, 2)
+    delta = (delta if dlse is None else delta - dlse).float()
+    g = torch.Generator("cuda").manual_seed(1)
+    before = [torch.randn(t.shape, device="cuda", generator=g) for t in (x.q, x.k, x.v)]
+    after = [t.clone() for t in before]
+    hopper_backward.backward(
+        x.dout, x.q, x.k, x.v, None, exact.lse.float(), delta, Slices.from_rows(case.rows),
+        dq=after[0], dk=after[1], dv=after[2], deterministic=deterministic, **options,  # type: ignore[arg-type]
+    )  # fmt: skip
+    return [a - b for a, b in zip(after, before, strict=True)]
+
+
+def agree(given: Sequence[Tensor], exact: Results, plain: Results) -> None:
+    """Errors are at most twice those of plain torch in the same dtype, and one rounding of P and dS."""
+    eps = torch.finfo(plain.dq.dtype).eps
+    for name, value in zip(("dq", "dk", "dv"), given, strict=True):
+        want = getattr(exact, name)
+        error, fair = ((y.double() - want).norm() for y in (value, getattr(plain, name)))
+        assert error <= 2 * fair + eps / 2 * want.norm() + 1e-6, f"{name}: {error / want.norm():.2e}"
+
+
+def exact_and_plain(case: Case, x: Inputs, **options: float) -> tuple[Results, Results]:
+    visible = visible_of(case)
+    exact = dense_results(x, visible, dtype=torch.float64, **options)  # type: ignore[arg-type]
+    return exact, dense_results(x, visible, dtype=x.q.dtype, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("deterministic", [False, True], ids=["", "deterministic"])
+@pytest.mark.parametrize("dims", DIMS, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.why)
+def test_masks(case: Case, dims: tuple[int, int], deterministic: bool) -> None:
+    x, scale = inputs_of(case, torch.bfloat16, *dims), dims[0] ** -0.5
+    exact, plain = exact_and_plain(case, x, scale=scale)
+    agree(differentiate(case, x, exact, scale=scale, deterministic=deterministic), exact, plain)
+
+
+@pytest.mark.parametrize("D", [8, 40, 80, 120, 136, 200, 248])
+def test_head_dims_between(D: int) -> None:
+    case = CASES[3]
+    x = inputs_of(case, torch.bfloat16, D, D)
+    exact, plain = exact_and_plain(case, x, scale=D**-0.5)
+    agree(differentiate(case, x, exact, scale=D**-0.5), exact, plain)
+
+
+@pytest.mark.parametrize("dims", [(128, 64), (64, 128), (192, 64), (136, 200)], ids=str)
+def test_v_of_another_head_dim(dims: tuple[int, int]) -> None:
+    case = CASES[4]
+    x = inputs_of(case, torch.bfloat16, *dims)
+    exact, plain = exact_and_plain(case, x, scale=dims[0] ** -0.5)
+    agree(differentiate(case, x, exact, scale=dims[0] ** -0.5), exact, plain)
+
+
+@pytest.mark.parametrize("dims", DIMS, ids=str)
+def test_float16_softcap_and_dlse(dims: tuple[int, int]) -> None:
+    case = CASES[6]
+    x = inputs_of(case, torch.float16, *dims, dlse=True)
+    exact, plain = exact_and_plain(case, x, scale=dims[0] ** -0.5, softcap=2.0)
+    agree(differentiate(case, x, exact, scale=dims[0] ** -0.5, softcap=2.0), exact, plain)
+
+
+@pytest.mark.parametrize("D", [64, 128, 256])
+def test_very_negative_lse(D: int) -> None:
+    """exp(0 - lse) of a key past the end would overflow float16."""
+    case = Case("all scores far below zero", 1, 300, 333, 2, 2, [(0, 300, 0, 333, -OPEN, OPEN)])
+    x = inputs_of(case, torch.float16, D, D)
+    x = Inputs((x.q.abs() * 4).to(torch.float16), -x.k.abs(), x.v, None, x.dout, None)
+    exact, plain = exact_and_plain(case, x, scale=D**-0.5)
+    assert exact.lse.max() < -20
+    agree(differentiate(case, x, exact, scale=D**-0.5), exact, plain)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("dims", DIMS, ids=str)
+def test_a_pass_of_one_step_in_the_final_dtype(dims: tuple[int, int], deterministic: bool) -> None:
+    for case in (CASES[2], CASES[3], CASES[8]):
+        x, scale = inputs_of(case, torch.bfloat16, *dims), dims[0] ** -0.5
+        exact, plain = exact_and_plain(case, x, scale=scale)
+        given = hopper_backward.gradients(
+            x.dout, x.q, x.k, x.v, exact.out.to(x.q.dtype), exact.lse.float(), Slices.from_rows(case.rows),
+            scale=scale, deterministic=deterministic,
+        )  # fmt: skip
+        assert all(y.dtype == torch.bfloat16 for y in given)
+        for name, value in zip(("dq", "dk", "dv"), given, strict=True):
+            want = getattr(exact, name)
+            error, fair = ((y.double() - want).norm() for y in (value, getattr(plain, name)))
+            assert error <= 2 * fair + 2.0**-8 * want.norm(), name
+
+
+def test_strides_of_batch_sequence_and_head() -> None:
+    """Inputs, statistics and gradients are views of larger buffers; nothing around them changes."""
+    case = Case("views", 2, 300, 400, 3, 3, causal(300, 400))
+    D = 128
+
+    def view(S: int, H: int, dtype: torch.dtype, pad: int) -> Tensor:
+        buffer = torch.randn(S + 3, case.B, H + 1, D + pad, device="cuda").to(dtype)
+        return buffer[2 : S + 2, :, 1:, :D].transpose(0, 1)
+
+    q, dout = view(300, 3, torch.bfloat16, 8), view(300, 3, torch.bfloat16, 8)
+    k, v = view(400, 3, torch.bfloat16, 8), view(400, 3, torch.bfloat16, 16)
+    x = Inputs(q, k, v, None, dout, None)
+    exact, plain = exact_and_plain(case, x, scale=0.1)
+    delta = (exact.out * dout.double()).sum(-1).transpose(1, 2).float()
+    lse = torch.cat([exact.lse.float(), exact.lse.float()], dim=2)[:, :, 300:]
+    targets = [view(S, 3, torch.float32, 4) for S in (300, 400, 400)]
+    bases = [t._base for t in targets]
+    before, whole = [t.clone() for t in targets], [b.clone() for b in bases if b is not None]
+    dq, dk, dv = targets
+    hopper_backward.backward(dout, q, k, v, None, lse, delta, Slices.from_rows(case.rows), scale=0.1, dq=dq, dk=dk, dv=dv)
+    agree([a - b for a, b in zip(targets, before, strict=True)], exact, plain)
+    for target, old, base, was in zip(targets, before, bases, whole, strict=True):
+        target.copy_(old)
+        assert base is not None and torch.equal(base, was)
+
+
+def test_unaligned_gradients_and_inputs() -> None:
+    case = CASES[3]
+    x = inputs_of(case, torch.bfloat16, 64, 64)
+    exact, plain = exact_and_plain(case, x, scale=0.125)
+
+    def shifted(t: Tensor) -> Tensor:
+        flat = torch.zeros(t.numel() + 1, dtype=t.dtype, device="cuda")
+        return flat[1:].view(t.shape).copy_(t)
+
+    x = Inputs(shifted(x.q), shifted(x.k), x.v, None, x.dout, None)
+    delta = (exact.out * x.dout.double()).sum(-1).transpose(1, 2).float()
+    targets = [shifted(torch.zeros(t.shape, device="cuda")) for t in (x.q, x.k, x.v)]
+    dq, dk, dv = targets
+    slices = Slices.from_rows(case.rows)
+    hopper_backward.backward(x.dout, x.q, x.k, x.v, None, exact.lse.float(), delta, slices, scale=0.125, dq=dq, dk=dk, dv=dv)
+    agree(targets, exact, plain)
+
+
+def test_steps_of_a_ring_add_up() -> None:
+    case = Case("four chunks", 1, 1000, 1000, 4, 2, causal(1000))
+    x = inputs_of(case, torch.bfloat16, 128, 128)
+    exact, plain = exact_and_plain(case, x, scale=0.1)
+    lse, delta = exact.lse.float(), (exact.out * x.dout.double()).sum(-1).transpose(1, 2).float()
+    total = [torch.zeros(t.shape, device="cuda") for t in (x.q, x.k, x.v)]
+    n = 250
+    for a, b in itertools.product(range(4), range(4)):
+        if b > a:
+            continue
+        i, j = slice(a * n, a * n + n), slice(b * n, b * n + n)
+        slices = Slices.causal(n, n) if a == b else Slices.full_rectangle(n, n)
+        hopper_backward.backward(
+            x.dout[:, i], x.q[:, i], x.k[:, j], x.v[:, j], None, lse[:, :, i], delta[:, :, i], slices,
+            scale=0.1, dq=total[0][:, i], dk=total[1][:, j], dv=total[2][:, j],
+        )  # fmt: skip
+    agree(total, exact, plain)
+
+
+@pytest.mark.parametrize("dims", DIMS, ids=str)
+@pytest.mark.parametrize("case", [CASES[2], CASES[3], CASES[9]], ids=lambda c: c.why)
+def test_deterministic_gradients_repeat_bitwise(case: Case, dims: tuple[int, int]) -> None:
+    x, scale = inputs_of(case, torch.bfloat16, *dims), dims[0] ** -0.5
+    exact, _ = exact_and_plain(case, x, scale=scale)
+    first = differentiate(case, x, exact, scale=scale, deterministic=True)
+    for _ in range(4):
+        assert all(map(torch.equal, first, differentiate(case, x, exact, scale=scale, deterministic=True)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("D", [8, 64, 72, 128, 256])
+def test_delta(dtype: torch.dtype, D: int) -> None:
+    out, dout = (torch.randn(2, 77, 3, D + 8, device="cuda").to(dtype)[..., :D] for _ in range(2))
+    dlse = torch.randn(2, 3, 77, device="cuda")
+    exact = (out.double() * dout.double()).sum(-1).transpose(1, 2)
+    torch.testing.assert_close(hopper_backward.delta(dout, out), exact.float(), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(hopper_backward.delta(dout, out, dlse), (exact - dlse).float(), rtol=1e-5, atol=1e-4)
+
+
+def test_nothing_to_do() -> None:
+    q = torch.randn(1, 0, 2, 64, device="cuda", dtype=torch.bfloat16)
+    k = torch.randn(1, 5, 2, 64, device="cuda", dtype=torch.bfloat16)
+    lse = torch.zeros(1, 2, 0, device="cuda")
+    dq, dk = torch.zeros(q.shape, device="cuda"), torch.zeros(k.shape, device="cuda")
+    hopper_backward.backward(q, q, k, k, None, lse, lse, Slices.from_rows([]), scale=1.0, dq=dq, dk=dk, dv=dk)
+    assert not dk.any()
+
+
+def test_scale_must_be_positive() -> None:
+    q = torch.randn(1, 4, 1, 64, device="cuda", dtype=torch.bfloat16)
+    lse, g = torch.zeros(1, 1, 4, device="cuda"), torch.zeros(q.shape, device="cuda")
+    with pytest.raises(ValueError, match="positive scale"):
+        hopper_backward.backward(q, q, q, q, None, lse, lse, Slices.causal(4, 4), scale=-1.0, dq=g, dk=g, dv=g)
