@@ -76,8 +76,9 @@ class Attention(nn.Module):
     def forward(self, x_BSE: Tensor, table: Tensor, mask: rf.Mask, context: Context) -> Tensor:
         q = self.q(x_BSE).unflatten(-1, (self.heads, self.head_dim))
         k, v = self.kv(x_BSE).unflatten(-1, (2, self.kv_heads, self.head_dim)).unbind(2)
-        q = rotate(self.q_norm(q), table).to(v.dtype)  # under autocast the norms answer in float32
-        k = rotate(self.k_norm(k), table).to(v.dtype)
+        # Under autocast q and k are bfloat16 here, while norm and rotation are done in the float32 of their weights and tables.
+        q = rotate(self.q_norm(at_least_float32(q)), table).to(v.dtype)
+        k = rotate(self.k_norm(at_least_float32(k)), table).to(v.dtype)
         out_BSHD = rf.attention(q, k, v, mask=mask, cp=context.cp, backend=context.backend)
         result: Tensor = self.out(out_BSHD.flatten(2))
         return result
