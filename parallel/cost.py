@@ -399,7 +399,11 @@ def explain(plan: Plan, forecast: Forecast, *, chosen: str = "", kernel: str = "
         ("mask", mask_text(key.mask)),
         ("sequence", f"{cross}{key.k_layout.seqlen:,} tokens, layout {key.q_layout.name}"),
         ("rank", f"{key.rank} of {key.world}, with {plan.q_lengths[plan.member]:,} tokens in {_runs_text(plan)}"),
-        ("schedule", f"{key.schedule}, {len(plan.steps)} steps" + (f" (auto: {chosen})" if chosen else "")),
+        (
+            "schedule",
+            f"{key.schedule}, {len(plan.steps)} step{'s' if len(plan.steps) > 1 else ''}"
+            + (f" (auto: {chosen})" if chosen else ""),
+        ),
         ("heads", heads),
         *([("kernel", kernel)] if kernel else []),
         ("predicted", f"for {device.name}, {link.name}" + (f" ({source})" if source else "")),

@@ -51,12 +51,13 @@ def draw_plan(
     path: str | Path,
     *,
     batch: int = 1,
-    dtype_bytes: int = 2,
+    dtype_bytes: int | None = None,
     tables: Tables | None = None,
 ) -> None:
     """Writes a PNG (or whatever the path's ending says) of the plans of all ranks.
 
     cp: a ContextParallel or a SimulatedWorld. seqlen: global. tables: of the forecast; default those of this machine.
+    dtype_bytes: of an element of q, k, v; default 2, or 4 where this machine has no GPU.
     Raises ValueError for what cannot be planned, ImportError without matplotlib.
     """
     plans = [cp.plan(rank, mask, seqlen, seqlen, heads, kv_heads) for rank in range(cp.world)]
@@ -64,8 +65,11 @@ def draw_plan(
     if tables is None:
         import torch
 
-        tables = for_schedule(measured("cuda" if torch.cuda.is_available() else "cpu"), schedule)
-    forecasts = predict_all(plans, tables.device, tables.link, Shape(batch, head_dim, head_dim, dtype_bytes))
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+        tables = for_schedule(measured(kind), schedule)
+        dtype_bytes = dtype_bytes or (2 if kind == "cuda" else 4)
+    shape = Shape(batch, head_dim, head_dim, dtype_bytes or 2)
+    forecasts = predict_all(plans, tables.device, tables.link, shape)
     figure = _figure(forecasts, mask)
     figure.savefig(path, dpi=150)
 

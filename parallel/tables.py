@@ -131,6 +131,13 @@ NVLINK = LinkTable(
     slow=Link(((MB, 15), (4 * MB, 28), (16 * MB, 38), (64 * MB, 43), (256 * MB, 45)), latency_s=30e-6),
     node=8,
 )
+PULLED = LinkTable(
+    # Copy engines pulling from symmetric memory, the same two H200 (transport "symmetric").
+    name="NVLink (copy engines), 400 Gb/s between nodes",
+    fast=Link(((MB, 73), (4 * MB, 174), (16 * MB, 292), (64 * MB, 350), (256 * MB, 364)), latency_s=10e-6),
+    slow=NVLINK.slow,
+    node=8,
+)
 CPU = DeviceTable(
     # One core with AVX-512, processor time, float32 at 2k tokens, torch's CPU flash operator.
     name="CPU core",

@@ -64,7 +64,7 @@ class Question:
     dlse: bool = False
 
 
-def ways(world: int, quick: bool) -> list[Way]:
+def ways(world: int, quick: bool, device: str = "cpu") -> list[Way]:
     """Every schedule with every layout, and the other transports with one; quickly: each schedule once, the layouts in turn."""
     schedules = [Way("ring", ""), Way("allgather", "")]
     if world > 2:
@@ -77,7 +77,11 @@ def ways(world: int, quick: bool) -> list[Way]:
         found = [replace(way, layout=layout) for way, layout in zip(schedules, turn, strict=True)]
     else:
         found = [replace(way, layout=layout) for way in schedules for layout in LAYOUTS]
-    return [*found, Way("allgather", "zigzag", "allgather"), Way("ring", "zigzag", "alltoall")]
+    found += [Way("allgather", "zigzag", "allgather"), Way("ring", "zigzag", "alltoall")]
+    if device == "cuda":  # which passes no chunks on, as a double ring does
+        pulled = [way for way in schedules if way.inner is None]
+        found += [replace(way, layout="zigzag", transport="symmetric") for way in pulled]
+    return found
 
 
 def questions(seqlen: int, quick: bool) -> list[Question]:
@@ -289,7 +293,7 @@ class Check:
             truth = formula(inputs, question.mask, question.softcap, torch.float64)
             fair = errors(formula(inputs, question.mask, question.softcap, dtype), truth)
             self.say(str(Row("plain torch", "", "", "", fair)))
-        for way in (None, *ways(self.world, self.options.quick)):
+        for way in (None, *ways(self.world, self.options.quick, self.device.type)):
             row = self._row(way, inputs, question, truth, fair)
             if row is not None:
                 self.passed += row.verdict == "PASS"
@@ -303,7 +307,7 @@ class Check:
         if way is None and self.rank:
             return None
         cp = None if way is None else way.context(question.mask)
-        names = ("one device", "", "") if way is None else (way.schedule, way.layout, way.transport.replace("auto", "p2p"))
+        names = ("one device", "", "") if way is None or cp is None else (way.schedule, way.layout, cp.transport_name)
         try:
             given, kernel = measured(inputs, question, self.options.backend, cp)
         except ValueError as error:

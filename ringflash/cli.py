@@ -35,37 +35,42 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.run is None:
         parser.print_help()
         return 2
+    run: Callable[[argparse.Namespace], int] = options.run
+    return _guarded(options.command, lambda: run(options))
+
+
+def _guarded(command: str, run: Callable[[], int]) -> int:
+    """The exit code of a command; a user's mistake becomes one line."""
     try:
-        run: Callable[[argparse.Namespace], int] = options.run
-        return run(options)
+        code = run()
+        sys.stdout.flush()
+        return code
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at exit
         return 1
     except (ValueError, OSError) as error:
-        return _mistake(options.command, error)
+        text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
+        print(f"ringflash {command}: {text}", file=sys.stderr)
+        return 2
+    except SystemExit as stop:
+        return int(stop.code or 0)
 
 
 def _hand_over(command: str, arguments: list[str]) -> int:
     """Commands with a module of their own."""
     module = {"check": "ringflash.check", "bench": "ringflash.launch.bench", "train": "ringflash.launch.train"}[command]
-    try:
+
+    def run() -> int:
         code: int = importlib.import_module(module).main(arguments)
+        return code
+
+    try:
+        return _guarded(command, run)
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("ringflash"):
             raise
         print(f"ringflash {command}: {error.name} is not installed; try: pip install 'ringflash[train]'", file=sys.stderr)
         return 2
-    except (ValueError, OSError) as error:
-        return _mistake(command, error)
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return code
-
-
-def _mistake(command: str, error: ValueError | OSError) -> int:
-    text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
-    print(f"ringflash {command}: {text}", file=sys.stderr)
-    return 2
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -123,6 +128,9 @@ def _add_plan(commands: Any) -> None:
     )
     how.add_argument(
         "--tables", default="auto", help="times of: auto (this machine's GPU if measured, else H200), h200, cpu, FILE"
+    )
+    how.add_argument(
+        "--transport", choices=("p2p", "symmetric"), default="p2p", help="symmetric: the H200's times of copy engines"
     )
     told = plan.add_argument_group("what is told")
     told.add_argument("--rank", default="0", metavar="R", help="the rank whose plan is printed (default 0), or all")
@@ -217,6 +225,10 @@ def _tables(options: argparse.Namespace, world: SimulatedWorld, seqlen: int) -> 
     else:
         held = tables.read(Path(options.tables))
         found = held.get("cuda") or next(iter(held.values()))
+    if options.transport == "symmetric":
+        if found is not tables.DEFAULTS["cuda"]:
+            raise ValueError("--transport symmetric has times of the H200 only; use it with --tables h200")
+        found = replace(found, link=tables.PULLED)
     if options.node is not None:
         return replace(found, link=replace(found.link, node=at_least_one("--node", options.node)))
     return tables.for_schedule(found, world.schedule_of(seqlen))

@@ -147,6 +147,12 @@ def test_plan_takes_the_tables_of_this_machine(capsys: pytest.CaptureFixture[str
     assert "measured for this test" in said(capsys, "plan", "--seqlen", "64", "--tables", str(tmp_path / "others.json"))
 
 
+def test_copy_engines_are_faster(capsys: pytest.CaptureFixture[str]) -> None:
+    plan = ("plan", "--seqlen", "32k", "--mask", "full", "--kv-heads", "32", "--schedule", "allgather", "--json")
+    sent, pulled = (json.loads(said(capsys, *plan, "--transport", name))["forward"] for name in ("p2p", "symmetric"))
+    assert 0 < pulled["exposed_s"] < sent["exposed_s"]
+
+
 def test_a_double_ring_says_what_is_a_node(capsys: pytest.CaptureFixture[str]) -> None:
     double = ("plan", "--seqlen", "64k", "--world", "16", "--schedule", "double_ring", "--inner", "4", "--json")
     assert json.loads(said(capsys, *double))["link"]["node"] == 4
@@ -174,6 +180,7 @@ WRONG = [
     ("plan --seqlen 9 --rank 8", "--rank 8 is none of the ranks 0 to 7"),
     ("plan --seqlen 9 --queries 10", "--queries 10 are more than the 9 tokens"),
     ("plan --seqlen 9 --node 0", "--node must be at least 1, got 0"),
+    ("plan --seqlen 9 --transport symmetric --tables cpu", "--transport symmetric has times of the H200 only"),
     ("frob", "invalid choice: 'frob'"),
     ("check --world 0", "--world must be at least 1, got 0"),
     ("check --dtype int8", "argument --dtype: invalid choice: 'int8'"),
@@ -268,6 +275,8 @@ def test_every_schedule_is_checked_where_it_fits() -> None:
     names = {(way.schedule, way.layout) for way in check.ways(4, quick=False)}
     schedules = ("ring", "allgather", "staged:2", "ulysses", "hybrid", "double_ring")
     assert names == {(schedule, layout) for schedule in schedules for layout in check.LAYOUTS}
+    pulled = {way.schedule for way in check.ways(4, quick=False, device="cuda") if way.transport == "symmetric"}
+    assert pulled == {*schedules} - {"double_ring"}
     assert {way.schedule for way in check.ways(3, quick=True)} == {"ring", "allgather", "staged:2", "ulysses"}
 
 
@@ -275,6 +284,12 @@ def command(*arguments: str, timeout_s: float = 300) -> subprocess.CompletedProc
     return subprocess.run(
         [sys.executable, "-m", "ringflash.cli", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=timeout_s
     )
+
+
+def test_a_pipe_that_closes_early_is_no_error() -> None:
+    script = f"{sys.executable} -m ringflash.cli plan --seqlen 1M --world 16 --rank all --json | head -1"
+    done = subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert (done.stdout, done.stderr) == ("[\n", "")
 
 
 def test_check_with_two_real_ranks() -> None:

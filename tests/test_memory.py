@@ -16,7 +16,7 @@ from ringflash.autograd import Job, backward_loop, forward_loop
 from ringflash.mask import Mask
 from ringflash.parallel.memory import Peak, Shape, backward_peak, forward_peak
 from ringflash.parallel.plan import Plan
-from ringflash.parallel.transport import Label, Message
+from ringflash.parallel.transport import Label, Message, Transport
 from ringflash.simulated import SimulatedWorld
 
 SMALL = 1 << 12
@@ -72,11 +72,10 @@ class Idle:
         return None
 
 
-class Nowhere:
+class Nowhere(Transport):
     """A transport whose messages stay where they are; like the real ones it holds them until the wait."""
 
     name = "nowhere"
-    collective = False
 
     def post(self, label: Label, sends: Sequence[Message], receives: Sequence[Message]) -> Held:
         return Held([*sends, *receives])
