@@ -41,33 +41,42 @@ class Agreement:
         self._write(None, str(error))
         self.count += 1
 
-    def agree(self, facts: dict[str, str]) -> None:
-        """Returns when all ranks brought the same facts.
-
-        Raises ValueError naming ranks and values where they differ or a rank refused; TransportError when a rank stays away.
-        """
+    def gather(self, facts: dict[str, str]) -> dict[int, dict[str, str]]:
+        """What every rank brought. Raises as `agree`, but lets facts differ."""
         self._write(facts, None)
-        said = {}
+        said: dict[int, dict[str, str]] = {}
+        refused: dict[int, str] = {}
         for rank in range(self.world):
             try:
                 self.store.wait([self._key(self.count, rank)], timedelta(seconds=self.timeout_s))
-                said[rank] = json.loads(self.store.get(self._key(self.count, rank)))
+                word = json.loads(self.store.get(self._key(self.count, rank)))
             except RuntimeError as error:
                 raise TransportError(
                     f"rank {self.rank}, before step 0: rank {rank} did not come to agree within {self.timeout_s:g} s; "
                     "all ranks of the group must call attention together (raise RINGFLASH_TIMEOUT_S if it is only slow)"
                 ) from error
+            if word["complaint"] is not None:
+                refused[rank] = word["complaint"]
+            else:
+                said[rank] = word["facts"]
         if self.count:  # nobody reads the handshake before the last one any more
             self.store.delete_key(self._key(self.count - 1, self.rank))
         self.count += 1
-        refused = {rank: str(s["complaint"]) for rank, s in said.items() if s["complaint"] is not None}
         if refused:
             rank, complaint = next(iter(refused.items()))
             raise ValueError(f"rank {rank} refused: {complaint}")
+        return said
+
+    def agree(self, facts: dict[str, str]) -> None:
+        """Returns when all ranks brought the same facts.
+
+        Raises ValueError naming ranks and values where they differ or a rank refused; TransportError when a rank stays away.
+        """
+        said = self.gather(facts)
         for name in facts:
             values: dict[str, list[int]] = {}
             for rank, s in said.items():
-                values.setdefault(s["facts"].get(name, "nothing"), []).append(rank)
+                values.setdefault(s.get(name, "nothing"), []).append(rank)
             if len(values) > 1:
                 listed = "; ".join(
                     f"rank{'s' if len(ranks) > 1 else ''} {_list(ranks)}: {value}" for value, ranks in values.items()

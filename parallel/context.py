@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from ringflash.parallel.transport import Transport
 from ringflash.parallel.transport.allgather import AllGather
 from ringflash.parallel.transport.alltoall import AllToAll
 from ringflash.parallel.transport.p2p import P2P
+from ringflash.parallel.transport.symmetric import Symmetric
 
 TRANSPORTS = ("auto", "p2p", "allgather", "alltoall", "symmetric")
 
@@ -88,8 +90,9 @@ class ContextParallel(Sharding):
     schedule   "auto", "ring", "allgather", "staged:K", "ulysses", "hybrid", "double_ring", or a Schedule.
     ulysses    ranks that trade heads for sequence (for "hybrid"); neighbours in the group.
     inner      ranks of one fast-linked group (for "double_ring"); neighbours in the group.
-    transport  "auto" (point to point), "p2p", "alltoall", "allgather" (with schedule "allgather" only), or "symmetric" (CUDA, all
-               ranks in one NVLink domain: copy engines pull chunks from their owner's memory).
+    transport  "auto" (symmetric on one host with CUDA, else point to point), "p2p", "alltoall", "allgather" (with schedule
+               "allgather" only), or "symmetric" (CUDA, all ranks in one NVLink domain: copy engines pull chunks from their
+               owner's memory).
     timeout_s  how long a peer may be silent before an error, seconds (default RINGFLASH_TIMEOUT_S).
 
     All ranks of the group must create it, and call its methods, together. Raises ValueError for what does not fit.
@@ -137,11 +140,12 @@ class ContextParallel(Sharding):
             raise ValueError(
                 f'transport "allgather" brings all chunks at once: it needs schedule="allgather" without ulysses, got {plain}'
             )
-        if transport == "symmetric" and plain.inner > 1:
+        self.relays = plain.inner > 1
+        if transport == "symmetric" and self.relays:
             raise ValueError(
                 'transport "symmetric" reads chunks at their owner and passes none on: use another schedule than double_ring'
             )
-        self.transport_name = "p2p" if transport == "auto" else transport
+        self.transport_name = transport
         self.trim = self.transport_name != "allgather"  # which sends everybody the same
         self.timeout_s = float(env.timeout_s() if timeout_s is None else timeout_s)
         if self.timeout_s <= 0:
@@ -153,19 +157,31 @@ class ContextParallel(Sharding):
     def transport(self, device: torch.device) -> Transport:
         """The transport for tensors of a device."""
         if device not in self._transports:
-            word = self.agreement.last_word
             if device.type == "cuda":  # NCCL sets up its rings in the first collective of a group, and needs all ranks there
                 dist.all_reduce(torch.zeros(1, device=device), group=self.group)
-            if self.transport_name == "p2p":
-                self._transports[device] = P2P(self.group, self.timeout_s, word)
-            elif self.transport_name == "symmetric":
-                from ringflash.parallel.transport.symmetric import Symmetric
-
-                self._transports[device] = Symmetric(self.group, self.timeout_s, device, word)
-            else:
-                kind = AllGather if self.transport_name == "allgather" else AllToAll
-                self._transports[device] = kind(self.group, self.timeout_s, device, word)
+            self._transports[device] = self._make_transport(device)
         return self._transports[device]
+
+    def _make_transport(self, device: torch.device) -> Transport:
+        """The named transport; for "auto" symmetric memory where all ranks share a host and their GPUs, else point to point."""
+        group, timeout_s, word = self.group, self.timeout_s, self.agreement.last_word
+        if self.transport_name == "symmetric":
+            return Symmetric(group, timeout_s, device, word)
+        if self.transport_name in ("alltoall", "allgather"):
+            return (AllGather if self.transport_name == "allgather" else AllToAll)(group, timeout_s, device, word)
+        if self.transport_name == "auto" and device.type == "cuda" and not self.relays:
+            host = {"host": Path("/proc/sys/kernel/random/boot_id").read_text()}
+            if all(other == host for other in self.agreement.gather(host).values()):
+                try:
+                    transport, works = Symmetric(group, timeout_s, device, word), 1.0
+                except RuntimeError as error:  # no peer access, or a container that forbids sharing memory
+                    env.logger("transport").info("no symmetric memory: %s", error)
+                    works = 0.0
+                everywhere = torch.full((1,), works, device=device)
+                dist.all_reduce(everywhere, op=dist.ReduceOp.MIN, group=group)
+                if everywhere.item():
+                    return transport
+        return P2P(group, timeout_s, word)
 
     def for_mask(self, mask: Mask) -> ContextParallel:
         """A light view of this context for batches with the given mask: what layout="balanced" balances, and the default mask.
@@ -187,7 +203,8 @@ class ContextParallel(Sharding):
         if self.lengths is not None:
             return self.lengths
         fixed = self.layout.seqlen if isinstance(self.layout, Layout) else None
-        for known in (fixed, self.last_seqlen, mask.total if isinstance(mask, Documents) else None):
+        documents = next((part.total for part in mask.parts() if isinstance(part, Documents)), None)
+        for known in (fixed, self.last_seqlen, documents):
             if known is not None and self.layout_of(known).lengths[self.rank] == q_local == k_local:
                 return known, known
         return q_local * self.world, k_local * self.world
@@ -227,14 +244,17 @@ class ContextParallel(Sharding):
     def shard_labels(self, labels: Tensor, dim: int = 1, ignore_index: int = -100) -> Tensor:
         """Next-token labels of this rank's tokens: shifted left by one, *then* sharded; the last token has none.
 
-        In a view made by ``for_mask(Mask.documents(...))`` the last token of every document has none either.
+        In a view made by ``for_mask`` with documents in the mask, the last token of every document has none either.
         """
         rest = labels.narrow(dim, min(1, labels.shape[dim]), max(labels.shape[dim] - 1, 0))
         end = labels.new_full((*labels.shape[:dim], min(1, labels.shape[dim]), *labels.shape[dim:][1:]), ignore_index)
         shifted = torch.cat([rest, end], dim)
-        if isinstance(self.mask, Documents) and labels.shape[dim]:
-            last = torch.tensor(self.mask.lengths).cumsum(0)[torch.tensor(self.mask.lengths) > 0] - 1
-            shifted = shifted.index_fill(dim, last.to(labels.device), ignore_index)
+        for part in self.mask.parts() if self.mask is not None and labels.shape[dim] else ():
+            if isinstance(part, Documents):
+                part.check(labels.shape[dim], labels.shape[dim])
+                lengths = torch.tensor(part.lengths)
+                last = lengths.cumsum(0)[lengths > 0] - 1
+                shifted = shifted.index_fill(dim, last.to(labels.device), ignore_index)
         return self.shard(shifted, dim)
 
     def cross_entropy(self, logits: Tensor, labels: Tensor, ignore_index: int = -100) -> Tensor:

@@ -426,7 +426,7 @@ def _fact(name: str, text: str) -> str:
 
 def mask_text(mask: Mask) -> str:
     """A mask in a few words: its name, and its options that are set."""
-    return " & ".join(_mask_text(part) for part in mask._parts())
+    return " & ".join(_mask_text(part) for part in mask.parts())
 
 
 def _mask_text(mask: Mask) -> str:

@@ -106,9 +106,10 @@ class Mask(ABC):
     def __and__(self, other: Mask) -> Mask:
         if not isinstance(other, Mask):
             return NotImplemented
-        return Intersection((*self._parts(), *other._parts()))
+        return Intersection((*self.parts(), *other.parts()))
 
-    def _parts(self) -> tuple[Mask, ...]:
+    def parts(self) -> tuple[Mask, ...]:
+        """The masks of which this one is the intersection: itself, unless made by ``&``."""
         return (self,)
 
     def check(self, q_len: int, k_len: int) -> None:
@@ -121,7 +122,7 @@ class Mask(ABC):
     def digest(self) -> str:
         """Eight hex digits that tell masks apart across processes."""
 
-        facts = [(type(part).__name__, *(getattr(part, f.name) for f in fields(part) if f.compare)) for part in self._parts()]  # type: ignore[arg-type]
+        facts = [(type(part).__name__, *(getattr(part, f.name) for f in fields(part) if f.compare)) for part in self.parts()]  # type: ignore[arg-type]
         return hashlib.sha1(repr(facts).encode()).hexdigest()[:8]
 
     @abstractmethod
@@ -298,24 +299,24 @@ class Dilated(Mask):
 
 @dataclass(frozen=True)
 class Intersection(Mask):
-    parts: tuple[Mask, ...]
+    masks: tuple[Mask, ...]
 
-    def _parts(self) -> tuple[Mask, ...]:
-        return self.parts
+    def parts(self) -> tuple[Mask, ...]:
+        return self.masks
 
     def check(self, q_len: int, k_len: int) -> None:
-        for part in self.parts:
+        for part in self.masks:
             part.check(q_len, k_len)
 
     def _visible(self, q: Tensor, k: Tensor) -> Tensor:
-        seen = self.parts[0]._visible(q, k)
-        for part in self.parts[1:]:
+        seen = self.masks[0]._visible(q, k)
+        for part in self.masks[1:]:
             seen = seen & part._visible(q, k)
         return seen
 
     def _bands(self, q: Span, k: Span) -> Bands:
-        found = self.parts[0].bands(q, k)
-        for part in self.parts[1:]:
+        found = self.masks[0].bands(q, k)
+        for part in self.masks[1:]:
             found = _intersect(found, part.bands(q, k))
         return found
 
