@@ -10,7 +10,7 @@ from types import TracebackType
 class Progress:
     """Context manager. ``step`` after every step, ``say`` for anything else; silent on all ranks but the first.
 
-    tokens/s and ETA come from the last steps only, so that a slow first step (start-up, plans) or a checkpoint does not linger
+    tokens/s and ETA come from the last steps only, so that a slow first step (start-up, plans) or another load does not linger
     in them.
     """
 
@@ -18,7 +18,7 @@ class Progress:
 
     def __init__(self, steps: int, done: int, *, tokens_per_step: int, every_s: float, shown: bool):
         self._steps, self._done, self._tokens_per_step, self._every_s, self._shown = steps, done, tokens_per_step, every_s, shown
-        self._step_s: float | None = None
+        self._step_s, self._seen = 0.0, 0
         self._last_line = 0.0
         self._bar = _bar(steps, done) if shown and sys.stdout.isatty() else None
 
@@ -40,7 +40,11 @@ class Progress:
 
     def step(self, number: int, loss: float, seconds: float) -> None:
         """``number`` steps are done, the last one with this loss in this time."""
-        self._step_s = seconds if self._step_s is None else self._MEMORY * self._step_s + (1 - self._MEMORY) * seconds
+        if self._seen < 2:  # the first step sets everything up: it counts only until there is another
+            self._step_s = seconds
+        else:
+            self._step_s = self._MEMORY * self._step_s + (1 - self._MEMORY) * seconds
+        self._seen += 1
         speed = self._tokens_per_step / self._step_s
         left = (self._steps - number) * self._step_s
         if self._bar:

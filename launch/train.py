@@ -45,7 +45,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not any(a.startswith("-") for a in arguments):
             configs.compose(arguments)  # one clear line now instead of Hydra's several
         return _parent(configs.with_machine(arguments))
-    except (ValueError, ImportError) as error:
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("ringflash"):
+            raise
+        elastic.say(f"{error.name} is not installed; try: pip install 'ringflash[train]'")
+        return 2
+    except ValueError as error:
         elastic.say(str(error))
         return 2
     except KeyboardInterrupt:

@@ -108,6 +108,23 @@ def test_groups_and_command_line_win_over_defaults() -> None:
     assert options.run_dir.startswith("outputs/train/20")
 
 
+def test_where_cuda_is_available_the_gpu_options_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    options = config.compose([])
+    assert (options.machine.device, options.machine.dtype) == ("cuda", "bfloat16")
+    assert (options.model.dim, options.seqlen, options.ranks) == (1024, 131072, 0)
+    assert config.compose(["model=tiny"]).model == config.ModelConfig()
+    assert config.compose(["machine=cpu"]).machine.device == "cpu"
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setitem(sys.modules, "hydra", None)
+    assert train.main(["machine=cpu"]) == 2
+    assert "hydra is not installed; try: pip install 'ringflash[train]'" in capsys.readouterr().err
+
+
 def test_groups_hold_the_documented_defaults() -> None:
     """conf/model/tiny.yaml repeats the dataclass's defaults; they must not drift apart."""
     assert config.compose(["machine=cpu"]).model == config.ModelConfig()
@@ -496,6 +513,17 @@ def test_no_rank_outlives_a_killed_launcher(text: Path, tmp_path: Path) -> None:
         job.process.kill()
         assert job.end() == -signal.SIGKILL
     assert checkpoint.latest(next(tmp_path.iterdir())) is not None
+
+
+@pytest.mark.multigpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_whole_job_on_gpus(text: Path, tmp_path: Path) -> None:
+    """One NCCL rank per GPU, bfloat16, heads that the kernels take."""
+    shape = ["model=tiny", "model.dim=128", "model.heads=4", "model.kv_heads=2", "model.head_dim=64", "seqlen=4096"]
+    with Job("machine=gpu", *shape, f"data.path={text}", f"out={tmp_path}", "steps=20", "optimizer.lr=4e-3") as job:
+        assert job.end(timeout=300) == 0, job.output
+    assert "Traceback" not in job.output
+    assert re.search(rf"check: {torch.cuda.device_count()} ranks against 1[\s\S]*PASS", job.output), job.output
 
 
 def test_failed_check_is_a_failed_job(text: Path, tmp_path: Path) -> None:
