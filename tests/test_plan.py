@@ -51,7 +51,7 @@ class World:
     @cached_property
     def undilated(self) -> np.ndarray:
         """What the mask would show without the strides of its dilated parts."""
-        parts = [m for m in getattr(self.mask, "parts", (self.mask,)) if not isinstance(m, Dilated)]
+        parts = [m for m in self.mask.parts() if not isinstance(m, Dilated)]
         reach = [Mask.window(m.size * m.stride - 1, m.size * m.stride - 1) for m in self._dilated if m.size is not None]
         seen = np.ones_like(self.visible)
         for mask in (*parts, *reach):
@@ -60,7 +60,7 @@ class World:
 
     @property
     def _dilated(self) -> list[Dilated]:
-        return [m for m in getattr(self.mask, "parts", (self.mask,)) if isinstance(m, Dilated)]
+        return [m for m in self.mask.parts() if isinstance(m, Dilated)]
 
     @property
     def together(self) -> int:

@@ -50,6 +50,13 @@ EDGES = [
     (Case(dlse=False, dtype="bfloat16", heads=4, kv_heads=2), ""),
     (Case(dtype="float16", heads=4, kv_heads=2), ""),
     (Case(world=1), "one rank is the same path with one step"),
+    (Case(world=2, q_len=9, k_len=2300, backend="reference"), "more keys than a tile of the reference"),
+    (Case(world=2, q_len=1200, k_len=600, heads=1, kv_heads=1, backend="reference"), "more rows than a tile of the reference"),
+    (Case(world=2, q_len=700, k_len=700, heads=1, kv_heads=1, mask="causal(window=300)"), "bands that the CPU backend cuts"),
+    (
+        Case(world=2, q_len=700, k_len=700, heads=1, kv_heads=1, mask="window(200, 90)", layout="contiguous"),
+        "the same, two-sided",
+    ),
 ]
 
 

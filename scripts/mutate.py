@@ -1,0 +1,372 @@
+"""Seeds bugs, one at a time, and shows that a fast part of the tests catches each.
+
+    python scripts/mutate.py                 all bugs, two at a time; exits with 1 if one survives
+    python scripts/mutate.py --only "window" those whose name contains a word
+    python scripts/mutate.py --list          names only
+
+A bug is a textual patch of one file of a temporary copy of the tree. Its text must occur exactly once, so a patch that the code
+has outgrown is an error, not a bug that silently is no bug. Add one whenever a real bug slipped through.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import re
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+FORGET_INSTALLED = "sys.meta_path[:] = [f for f in sys.meta_path if 'ScikitBuild' not in type(f).__name__]"
+"""An editable install puts a finder before the path; tests would then run the code as it is, without the bug."""
+
+exec(FORGET_INSTALLED)
+
+# The server that forks the test runs imports this file, and with it what takes seconds to import, once for all of them.
+import numpy  # noqa: E402, F401
+import pytest  # noqa: E402
+import torch  # noqa: E402, F401
+
+_context = multiprocessing.get_context("forkserver")
+
+ROOT = Path(__file__).resolve().parents[1]
+TREE = ("ringflash", "parallel", "launch", "tests", "scripts", "pyproject.toml")
+
+FAST = ("tests/test_property.py::test_edges", "tests/test_property.py::test_drawn[0]", "tests/test_property.py::test_drawn[1]")
+PRECISION = ("tests/test_precision.py",)
+SHARD = ("tests/test_shard.py",)
+PLAN = ("tests/test_plan.py",)
+NONFINITE = ("tests/test_nonfinite.py",)
+
+TIMEOUT_S = 300
+
+
+@dataclass(frozen=True)
+class Bug:
+    """``old`` becomes ``new`` in ``file``; ``tests`` must notice."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...] = FAST
+
+
+BUGS = (
+    # masks
+    Bug("window one too wide", "ringflash/mask.py", "else 1 - self.size, 0)", "else -self.size, 0)"),
+    Bug("causal edge: the next token is seen", "ringflash/mask.py", "else 1 - self.size, 0)", "else 1 - self.size, 1)"),
+    Bug(
+        "document border leaks one token",
+        "ringflash/mask.py",
+        "np.stack([starts, ends, starts, ends, lo, hi], axis=1)",
+        "np.stack([starts, ends, np.maximum(starts - 1, 0), ends, lo, hi], axis=1)",
+    ),
+    Bug(
+        "documents not causal",
+        "ringflash/mask.py",
+        "np.full_like(starts, 0 if self.is_causal else reach)",
+        "np.full_like(starts, reach)",
+    ),
+    Bug(
+        "prefix one short",
+        "ringflash/mask.py",
+        "[-UNBOUNDED, UNBOUNDED, -UNBOUNDED, self.n, -UNBOUNDED, UNBOUNDED]",
+        "[-UNBOUNDED, UNBOUNDED, -UNBOUNDED, self.n - 1, -UNBOUNDED, UNBOUNDED]",
+    ),
+    Bug(
+        "left and right of a window swapped",
+        "ringflash/mask.py",
+        "_or_unbounded(self.left), _or_unbounded(self.right)",
+        "_or_unbounded(self.right), _or_unbounded(self.left)",
+    ),
+    Bug("dilated window one too wide", "ringflash/mask.py", "else self.size * self.stride - 1", "else self.size * self.stride"),
+    Bug("intersection keeps one stride", "ringflash/mask.py", "math.lcm(a.modulus, b.modulus)", "max(a.modulus, b.modulus)"),
+    # layouts and plans
+    Bug(
+        "wrong owner: chunks come from the wrong side",
+        "parallel/plan.py",
+        "owner = (rank - distance) % rings",
+        "owner = (rank + distance) % rings",
+    ),
+    Bug(
+        "dropped chunk: the last one of a ring never travels",
+        "parallel/plan.py",
+        "        if rows:\n            way = route(",
+        "        if rows and (dest - owner) % rings != rings - 1:\n            way = route(",
+    ),
+    Bug(
+        "dropped chunk: of a stage only the first is computed",
+        "parallel/plan.py",
+        "mine = by_owner.get(owner, np.empty(0, np.int64))",
+        "mine = by_owner.get(owner if len(placed) == 1 else -1, np.empty(0, np.int64))",
+    ),
+    Bug("wrong residue for a dilated mask", "parallel/plan.py", "residue = ((gap // g)", "residue = ((-gap // g)"),
+    Bug(
+        "stride forgotten: bands rounded the wrong way",
+        "parallel/plan.py",
+        "_ceil_div(b[:, 4] + gap, stride) + shift",
+        "(b[:, 4] + gap) // stride + shift",
+    ),
+    Bug(
+        "trim of a transfer one row short",
+        "parallel/plan.py",
+        "found.setdefault(key, []).append((a, b))",
+        "found.setdefault(key, []).append((a, max(b - 1, a + 1)))",
+    ),
+    Bug("queries at the start of the keys", "parallel/plan.py", "shift = key.k_layout.seqlen - key.q_layout.seqlen", "shift = 0"),
+    Bug(
+        "second chunk of a stage computed as if it were the first",
+        "parallel/plan.py",
+        "moved[:, 2:6] += shift[:, None]",
+        "moved[:, 2:4] += shift[:, None]",
+    ),
+    Bug(
+        "unneeded rows travel",
+        "parallel/plan.py",
+        "start[1:] > reached[:-1] + max_gap",
+        "start[1:] > reached[:-1] + max_gap + 1",
+        PLAN,
+    ),
+    Bug(
+        "zigzag's second piece from the wrong end",
+        "parallel/layout.py",
+        "pieces[2 * world - 1 - r]",
+        "pieces[world + r]",
+        PLAN + FAST,
+    ),
+    # heads
+    Bug(
+        "Ulysses: members' heads in reverse",
+        "parallel/plan.py",
+        "q0, q1 = member * heads // members, (member + 1) * heads // members",
+        "q0, q1 = (members - 1 - member) * heads // members, (members - member) * heads // members",
+    ),
+    Bug(
+        "Ulysses: a query head reads the wrong key head",
+        "parallel/heads.py",
+        "out[:, :, list(index)] if keys and index else out",
+        "out[:, :, sorted(index, reverse=True)] if keys and index else out",
+    ),
+    Bug("Ulysses: gradients of a shared key head not added", "parallel/heads.py", "+= parts[member]", "= parts[member]"),
+    # the loops
+    Bug("sign of dlse", "ringflash/autograd.py", "delta = delta - arrived[1]", "delta = delta + arrived[1]"),
+    Bug("dlse ignored", "ringflash/autograd.py", "delta = delta - arrived[1]", "delta = delta - 0 * arrived[1]"),
+    Bug(
+        "sinks ignored in backward",
+        "ringflash/autograd.py",
+        "= -(weight * delta).sum((0, 2))",
+        "= 0 * -(weight * delta).sum((0, 2))",
+    ),
+    Bug("sign of dsinks", "ringflash/autograd.py", "= -(weight * delta).sum((0, 2))", "= (weight * delta).sum((0, 2))"),
+    Bug("sinks ignored in forward", "ringflash/autograd.py", "lse.copy_(sinks.to(acc)", "lse.add_(0 * sinks.to(acc)"),
+    Bug("empty rows start with weight", "ringflash/autograd.py", 'float("-inf"), dtype=acc', "0.0, dtype=acc"),
+    Bug(
+        "scale dropped in backward",
+        "ringflash/autograd.py",
+        "scale=job.scale,\n                softcap=job.softcap,\n                dq=",
+        "scale=1.0,\n                softcap=job.softcap,\n                dq=",
+    ),
+    Bug(
+        "softcap dropped in backward",
+        "ringflash/autograd.py",
+        "softcap=job.softcap,\n                dq=",
+        "softcap=0.0,\n                dq=",
+    ),
+    Bug(
+        "running state in the inputs' dtype",
+        "ringflash/autograd.py",
+        "return torch.float64 if dtype == torch.float64 else torch.float32",
+        "return dtype",
+        PRECISION,
+    ),
+    Bug(
+        "kernel finishes after every step",
+        "ringflash/autograd.py",
+        "finish=direct and part is work[-1][1]",
+        "finish=direct",
+        PRECISION + FAST,
+    ),
+    # transport
+    Bug("gradient of a passed-on chunk lost", "parallel/transport/__init__.py", "target.add_(source)", "target.copy_(source)"),
+    Bug("gradients not brought home", "parallel/transport/__init__.py", "target.add_(source)", "target.add_(source, alpha=0)"),
+    Bug(
+        "keys sent in place of values",
+        "parallel/transport/__init__.py",
+        "torch.cat([x.transpose(0, 1) for x in self.local]",
+        "torch.cat([x.transpose(0, 1) for x in self.local[::-1]]",
+    ),
+    Bug("a buffer is forgotten before it is passed on", "parallel/transport/__init__.py", "if not passed_on:", "if True:"),
+    # kernels and merge
+    Bug("missing rescale in the merge", "ringflash/merge.py", "out.mul_(_per_row(weight)).addcmul_(", "out.addcmul_("),
+    Bug(
+        "merge adds LSEs",
+        "ringflash/merge.py",
+        "weight_part = torch.sigmoid(difference)",
+        "weight_part = torch.sigmoid(difference + 0.01)",
+    ),
+    Bug(
+        "running maximum not taken off the output",
+        "ringflash/kernels/reference.py",
+        "out = out * keep + _product",
+        "out = out + _product",
+    ),
+    Bug(
+        "slope of the cap missing",
+        "ringflash/kernels/reference.py",
+        "dscores.mul_(1 - (scores / self.softcap).square_())",
+        "pass",
+    ),
+    Bug(
+        "a NaN key reaches rows that do not see it",
+        "ringflash/kernels/reference.py",
+        "if finite or visible is None:",
+        "if True:",
+        NONFINITE,
+    ),
+    # the sequence over ranks
+    Bug(
+        "labels shifted after the cut",
+        "parallel/context.py",
+        "return self.shard(shifted, dim)",
+        "return torch.roll(self.shard(labels, dim), -1, dim)",
+        SHARD,
+    ),
+    Bug(
+        "loss averaged over the own tokens",
+        "parallel/context.py",
+        "count = total[1].clamp(min=1)",
+        "count = (labels != ignore_index).sum().double().clamp(min=1)",
+        SHARD,
+    ),
+    Bug(
+        "unshard's gradient from the own copy only",
+        "parallel/context.py",
+        "dist.all_reduce(total, group=group)\n        return take",
+        "return take",
+        SHARD,
+    ),
+)
+
+
+def patched(bug: Bug, root: Path) -> str:
+    """The file's text with the bug in it. Raises ValueError unless the patch applies at exactly one place."""
+    text = (root / bug.file).read_text()
+    if text.count(bug.old) != 1 or bug.old == bug.new:
+        raise ValueError(
+            f"bug {bug.name!r}: {bug.old!r} occurs {text.count(bug.old)} times in {bug.file}; bring the patch up to date"
+        )
+    return text.replace(bug.old, bug.new)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    bug: Bug
+    caught: bool
+    by: str
+    seconds: float
+
+
+def serve_tests(root: str, tests: Sequence[str], said: str) -> None:
+    """In a process of its own: runs pytest in a tree, writes to the file ``said``, and exits with pytest's status."""
+    sink = os.open(said, os.O_WRONLY | os.O_CREAT, 0o600)
+    os.dup2(sink, 1)
+    os.dup2(sink, 2)
+    os.chdir(root)
+    sys.path.insert(0, root)
+    sys.dont_write_bytecode = True
+    os.environ["PYTHONPATH"] = root  # for the processes that tests start
+    command = ["-x", "-q", "--tb=line", "-p", "no:cacheprovider", "-p", "no:xdist", f"--rootdir={root}", *tests]
+    status = pytest.main(command)
+    module = sys.modules.get("ringflash")
+    if module is not None and not str(module.__file__).startswith(root):
+        print(f"the tests ran {module.__file__} in place of the copy with the bug")
+        status = 99
+    sys.stdout.flush()
+    os._exit(int(status))
+
+
+def run_tests(root: Path, tests: Sequence[str]) -> tuple[int, str]:
+    """Exit status of pytest in a tree, and the first failure or the end of the output."""
+    said = root / "said.txt"
+    process = _context.Process(target=serve_tests, args=(str(root), tuple(tests), str(said)))
+    process.start()
+    process.join(TIMEOUT_S)
+    if process.exitcode is None:
+        process.kill()
+        process.join()
+        return 1, f"no end within {TIMEOUT_S} s"
+    text = said.read_text(errors="replace")
+    failure = re.search(r"^FAILED (?:tests/)?(.*?)(?: - .*)?$", text, re.MULTILINE)
+    return process.exitcode, failure.group(1) if failure else text[-500:]
+
+
+def copy_tree(root: Path) -> None:
+    """The tree as it is, without what was built."""
+    ignore = shutil.ignore_patterns("__pycache__", "*.so", "_lib")
+    for name in TREE:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, root / name, symlinks=True, ignore=ignore)
+        else:
+            shutil.copy2(source, root / name)
+    (root / "sitecustomize.py").write_text(f"import sys\n{FORGET_INSTALLED}\n")
+
+
+def judge(bug: Bug) -> Verdict:
+    """Runs the tests on a tree with the bug."""
+    begin = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="ringflash_mutant_") as folder:
+        root = Path(folder).resolve()
+        copy_tree(root)
+        (root / bug.file).write_text(patched(bug, root))
+        status, said = run_tests(root, bug.tests)
+    if status not in (0, 1):
+        raise RuntimeError(f"bug {bug.name!r}: pytest ended with {status} before it tested anything: {said}")
+    return Verdict(bug, status == 1, said if status == 1 else "nothing", time.monotonic() - begin)
+
+
+def check_unharmed(tests: set[str]) -> None:
+    """The same tests pass on the tree as it is, else a failure would prove nothing."""
+    with tempfile.TemporaryDirectory(prefix="ringflash_mutant_") as folder:
+        root = Path(folder).resolve()
+        copy_tree(root)
+        status, said = run_tests(root, sorted(tests))
+    if status:
+        raise RuntimeError(f"the tests fail without any bug: {said}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="bugs whose name contains this, several separated by |")
+    parser.add_argument("--list", action="store_true", help="print the names and stop")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="bugs at a time")
+    parser.add_argument("--trust", action="store_true", help="do not first run the tests without a bug")
+    options = parser.parse_args(arguments)
+    bugs = [bug for bug in BUGS if re.search(options.only, bug.name)]
+    for bug in bugs:
+        patched(bug, ROOT)
+    if options.list:
+        print("\n".join(bug.name for bug in bugs))
+        return 0
+    if not options.trust:
+        check_unharmed({test for bug in bugs for test in bug.tests})
+    survivors = 0
+    with ThreadPoolExecutor(options.jobs) as pool:
+        print("| seeded bug | file | caught by | s |\n|---|---|---|---|")
+        for verdict in pool.map(judge, bugs):
+            survivors += not verdict.caught
+            by = f"`{verdict.by}`" if verdict.caught else "**SURVIVED**"
+            print(f"| {verdict.bug.name} | {verdict.bug.file} | {by} | {verdict.seconds:.0f} |", flush=True)
+    print(f"\n{len(bugs) - survivors} of {len(bugs)} caught")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
