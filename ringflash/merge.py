@@ -35,12 +35,13 @@ def _merge_torch_(out: Tensor, lse: Tensor, out_part: Tensor, lse_part: Tensor) 
     weight_part = torch.sigmoid(difference)
     weight = torch.sigmoid(-difference)
     empty, empty_part = lse.isneginf(), lse_part.isneginf()
-    torch.logaddexp(lse, lse_part, out=lse) if lse.is_contiguous() else lse.copy_(torch.logaddexp(lse, lse_part))
+    lse.copy_(torch.logaddexp(lse, lse_part))
     if out.is_cuda or bool((empty | empty_part).any()):  # on CUDA, asking would wait for the device
-        weight.masked_fill_(empty, 0.0).masked_fill_(empty_part, 1.0)
-        weight_part.masked_fill_(empty, 1.0).masked_fill_(empty_part, 0.0)
+        both = empty & empty_part  # -inf - -inf
+        weight.masked_fill_(both, 0.0)
+        weight_part.masked_fill_(both, 0.0)
+        out.masked_fill_(_per_row(empty), 0.0)
         out_part = out_part.masked_fill(_per_row(empty_part), 0.0)
-        out.masked_fill_(_per_row(empty & ~empty_part), 0.0)
     out.mul_(_per_row(weight)).addcmul_(out_part.to(out.dtype), _per_row(weight_part))
 
 

@@ -99,7 +99,7 @@ def test_scale(kernel: Kernel, scale: float) -> None:
 
 
 class TestStrides:
-    """Any strides of B, S and H."""
+    """Any strides of B, S and H; these two kernels take any of D as well."""
 
     @staticmethod
     def spread(x: Tensor, how: str) -> Tensor:
@@ -112,12 +112,16 @@ class TestStrides:
             return x.transpose(1, 2).contiguous().transpose(1, 2)
         if how == "batch inside":
             return x.movedim(0, 2).contiguous().movedim(2, 0)
+        if how == "every second element":
+            return torch.stack([x, torch.full_like(x, torch.nan)], -1)[..., 0]
         assert how == "inside a wider dim"
         wider = torch.full((*x.shape[:-1], x.shape[-1] + 3), torch.nan, dtype=x.dtype)
         wider[..., 1:-2] = x
         return wider[..., 1:-2]
 
-    @pytest.mark.parametrize("how", ["every third row", "heads first", "batch inside", "inside a wider dim"])
+    @pytest.mark.parametrize(
+        "how", ["every third row", "heads first", "batch inside", "inside a wider dim", "every second element"]
+    )
     @pytest.mark.parametrize("name", ["gqa", "documents_apart", "chunks", "narrow_v", "zigzag"])
     def test_inputs(self, kernel: Kernel, name: str, how: str) -> None:
         case = BY_NAME[name]
@@ -216,6 +220,21 @@ class TestNothing:
         unseen = ~visible(case.slices, case.q_len, case.k_len).any(1)
         assert unseen.any() and not result.dq[:, unseen].any() and not result.out[:, unseen].any()
         assert all(bool(x.isfinite().all()) for x in (result.dq, result.dk, result.dv))
+
+
+def test_a_row_without_weight_has_no_gradients(kernel: Kernel) -> None:
+    """lse = -inf inside a Slice: every score of the row was -inf."""
+    case = BY_NAME["causal"]
+    x = make_slice_inputs(case, torch.float32)
+    result = run_kernel(kernel, x, [case.slices])
+    lse = result.lse.clone()
+    lse[:, :, 7] = -torch.inf
+    grads = [torch.zeros_like(t) for t in (x.q, x.k, x.v)]
+    dq, dk, dv = grads
+    delta = (x.dout * result.out).sum(-1).transpose(1, 2)
+    for out in (result.out, None):
+        kernel.backward(x.dout, x.q, x.k, x.v, out, lse, delta, case.slices, scale=0.25, dq=dq, dk=dk, dv=dv)
+        assert not dq[:, 7].any() and dq[:, 8].any() and all(bool(grad.isfinite().all()) for grad in grads)
 
 
 def test_a_sink_is_a_carry(kernel: Kernel) -> None:

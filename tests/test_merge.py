@@ -103,6 +103,8 @@ class TestLaws:
         assert torch.equal(out, a[0]) and torch.equal(lse, a[1])
         out, lse = merged(empty, a)
         assert torch.equal(out, a[0]) and torch.equal(lse, a[1])
+        out, lse = merged(empty, empty)
+        assert not out.any() and bool(lse.isneginf().all())
 
 
 @pytest.mark.parametrize("part_dtype", [torch.bfloat16, torch.float16])

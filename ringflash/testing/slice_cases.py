@@ -86,6 +86,21 @@ CASES = [
         40,
         ((0, 10, 0, 22, -INF, 12), (10, 25, 22, 37, -INF, 12), (25, 40, 37, 40, -INF, 12)),
     ),
+    SliceCase(
+        "documents_of_one_row",
+        "many single queries, each with keys of its own",
+        4,
+        20,
+        tuple((n, n + 1, 5 * n, 5 * n + 5 - n, -INF, INF) for n in range(4)),
+        heads=4,
+    ),
+    SliceCase(
+        "full_tall_and_lower",
+        "a full Slice of many rows must not share a call with a bounded one",
+        33,
+        6,
+        ((0, 30, 0, 2, -INF, INF), (30, 33, 2, 6, -28, INF)),
+    ),
     SliceCase("chunks", "equal squares, one after another", 48, 48, documents((8,) * 6, hi=INF), batch=2),
     SliceCase("chunks_causal", "equal causal squares", 48, 48, documents((8,) * 6)),
     SliceCase(
