@@ -288,8 +288,6 @@ def backward_peak(plan: Plan, shape: Shape, dlse: bool = False) -> Peak:
     exchange = _ExchangeWalk(plan, ledger, shape.batch)
     if len(plan.shares) > 1:
         exchange.enter(GRADS_IN, [(shape.head_dim_v * e, False), *([(acc, False)] if dlse else [])])
-    ledger.take(SCRATCH, (3 if rounded else 1) * plan.q_len * row.out_acc)  # dout and out in float32, and their product
-    ledger.drop(SCRATCH)
     ledger.take(GRADS_IN, plan.q_len * row.lse)
     ledger.take(STATE, plan.q_len * row.q_acc)
     stages, home = _StagesWalk(plan, ledger, row.kv), _HomeWalk(plan, ledger, row.kv_acc)

@@ -247,6 +247,15 @@ class Plan:
         """The group rank of a ring rank: the one with the same heads."""
         return rank * self.key.schedule.ulysses + self.member
 
+    def explain(self, device: str = "cuda", batch: int = 1, head_dim: int = 128, dtype_bytes: int = 2) -> str:
+        """The plan with its predicted times, bytes and memory on "cuda" or "cpu", as text (see cost.py)."""
+        from ringflash.parallel.cost import explain, predict
+        from ringflash.parallel.tables import measured
+
+        tables = measured(device)
+        forecast = predict(self, tables.device, tables.link, batch=batch, head_dim=head_dim, dtype_bytes=dtype_bytes)
+        return explain(self, forecast, source=tables.source)
+
     def of_peer(self, rank: int) -> Plan:
         """The plan of another ring rank."""
         return make_plan(replace(self.key, rank=self.peer(rank)))

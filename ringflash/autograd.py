@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ringflash.kernels import Kernel
+from ringflash.kernels.hopper_backward import delta as rowsum_delta
 from ringflash.parallel.heads import HeadExchange
 from ringflash.parallel.plan import Part, Plan, View
 from ringflash.parallel.transport import Homecoming, Stages, Transport
@@ -204,12 +205,9 @@ def _delta(
     if dlse is not None:
         sends.append((dlse.transpose(1, 2).unsqueeze(-1), False))
     arrived = yield from heads.enter(sends)
-    acc = saved.lse.dtype
     dout = arrived[0] if arrived[0].stride(-1) == 1 else arrived[0].contiguous()
-    delta = (dout.to(acc) * saved.out.to(acc)).sum(-1).transpose(1, 2)
-    if dlse is not None:
-        delta = delta - arrived[1].squeeze(-1).transpose(1, 2).to(acc)
-    return dout, delta.contiguous()
+    dlse = None if dlse is None else arrived[1].squeeze(-1).transpose(1, 2).contiguous()
+    return dout, rowsum_delta(dout, saved.out, dlse)
 
 
 def _dsinks(plan: Plan, saved: Saved, delta: Tensor) -> Tensor:

@@ -256,3 +256,8 @@ def test_explain_of_a_plan_with_idle_steps_and_shared_heads() -> None:
     assert " 2-7  none" in text
     text, _ = text_of(SimulatedWorld(8, "zigzag", "hybrid", ulysses=4).plan(5, Mask.causal(), 8192, 8192, 8, 2))
     assert "chunks of ring rank" in text and "here query heads 2 to 3" in text and "exchange of heads" in text
+
+
+def test_a_plan_explains_itself() -> None:
+    text = plans(Mask.causal(), "ring", 4, 4096, layout="zigzag")[1].explain(device="cpu")
+    assert "rank       1 of 4" in text and "zigzag" in text and "peak" in text

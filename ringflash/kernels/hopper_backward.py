@@ -260,6 +260,10 @@ def _launch(
     ops.check(lib, "rf_hopper_backward", lib.rf_hopper_backward(params, stream))
 
 
+DELTA_ROWS = 512
+"""Rows of a block of delta in plain torch."""
+
+
 def delta(dout: Tensor, out: Tensor, dlse: Tensor | None = None) -> Tensor:
     """``rowsum(dout * out) - dlse`` in float32 (B, H, S): what a row's softmax gradient subtracts; once per backward pass.
 
@@ -281,7 +285,10 @@ def _delta_reference(dout: Tensor, out: Tensor, dlse: Tensor | None) -> Tensor:
     """delta in plain torch: float64 for float64 inputs, else float32."""
     _check_delta(dout, out, dlse)
     acc = torch.float64 if out.dtype == torch.float64 else torch.float32
-    result = (dout.to(acc) * out.to(acc)).sum(-1).transpose(1, 2).contiguous()
+    B, S, H, _ = out.shape
+    result = torch.empty((B, H, S), dtype=acc, device=out.device)
+    for rows in (slice(i, i + DELTA_ROWS) for i in range(0, S, DELTA_ROWS)):  # three float32 copies of all rows would be the peak
+        torch.sum(dout[:, rows].to(acc) * out[:, rows].to(acc), dim=-1, out=result[:, :, rows].transpose(1, 2))
     return result if dlse is None else result.sub_(dlse)
 
 
