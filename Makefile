@@ -1,5 +1,6 @@
 # make run      trains a small model on real text over 4 ranks; ARGS="key=value ..." are passed on
 # make test     runs the tests; PYTEST_ARGS="-k merge" replaces the default options
+# make mutate   plants bugs one by one in a copy of the tree and shows that the tests catch each
 # make lint     ruff, mypy, clang-format
 # make kernels  builds the CUDA library and checks what ptxas said of it (needs nvcc)
 # make wheel    dist/ringflash-*.whl
@@ -12,7 +13,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: run test lint kernels wheel clean
+.PHONY: run test mutate lint kernels wheel clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -37,6 +38,9 @@ run: $(VENV)/.run
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+mutate: $(VENV)/.dev
+	$(BIN)/python scripts/mutate.py
 
 lint: $(VENV)/.dev
 	$(BIN)/python -m ruff check .
