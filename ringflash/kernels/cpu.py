@@ -120,7 +120,7 @@ def _tiled(x_BHSD: Tensor, start: int, length: int, n: int) -> Tensor:
 
 def _untiled(x: Tensor, n: int) -> Tensor:
     """(B n, length, ...) -> (B, n length, ...)."""
-    return x.unflatten(0, (-1, n)).flatten(1, 2)
+    return x.reshape(-1, n * x.shape[1], *x.shape[2:])
 
 
 def _at_origin(s: Slice) -> Slice:
