@@ -159,7 +159,8 @@ class ContextParallel(Sharding):
         if device not in self._transports:
             if device.type == "cuda":  # NCCL sets up its rings in the first collective of a group, and needs all ranks there
                 dist.all_reduce(torch.zeros(1, device=device), group=self.group)
-            self._transports[device] = self._make_transport(device)
+            self._transports[device] = transport = self._make_transport(device)
+            env.logger("transport").debug("%s for %s, %d ranks", transport.name, device, self.world)
         return self._transports[device]
 
     def _make_transport(self, device: torch.device) -> Transport:

@@ -10,6 +10,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from ringflash import env
 from ringflash.autograd import Attention, Job
 from ringflash.kernels import Kernel, Problem, choose
 from ringflash.mask import Mask
@@ -108,7 +109,9 @@ def kernel_for(call: Call, plan: Plan) -> Kernel:
         dlse=call.with_lse and call.needs_grad,
         banded=any(not part.slices.simple for step in plan.steps for part in step.parts),
     )
-    return choose(call.backend, problem)
+    kernel = choose(call.backend, problem)
+    env.logger("kernel").debug("%s for %s", kernel.name, problem)
+    return kernel
 
 
 def _facts(call: Call, plan: Plan, kernel: Kernel) -> dict[str, str]:
@@ -145,7 +148,9 @@ def _prepare(call: Call, cp: ContextParallel) -> tuple[Plan, Kernel]:
     except ValueError as error:
         cp.agreement.refuse(error)
         raise
-    cp.agreement.agree(_facts(call, plan, kernel))
+    facts = _facts(call, plan, kernel)
+    cp.agreement.agree(facts)
+    env.logger("plan").debug("%s", ", ".join(f"{name}: {value}" for name, value in facts.items()))
     return plan, kernel
 
 
