@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -10,9 +11,10 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,9 +26,11 @@ LOST_PEER = 75
 _STOPPED = tuple(128 + s for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1))
 _SHUTDOWN_S = 120
 
-# Until the rank's own handlers are in place, an interrupt must end it without a traceback from the middle of an import.
+# Until the rank's own handlers are in place, an interrupt must end it without a traceback from the middle of an import. The
+# launcher starts it with SIGINT blocked, which covers Python's own start; here it is let in, with the system's silent default.
 _ENTRY = (
     "import signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); "
+    "signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT]); "
     "from ringflash.launch.train import work; sys.exit(work(sys.argv[1:]))"
 )
 
@@ -57,16 +61,35 @@ def launch(ranks: int, arguments: Sequence[str]) -> int:
         if "shutdown_timeout" in {f.name for f in dataclasses.fields(LaunchConfig)}:
             settings["shutdown_timeout"] = _SHUTDOWN_S
         try:
-            elastic_launch(LaunchConfig(**settings), sys.executable)("-u", "-c", _ENTRY, *arguments)
+            with _children_start_without_interrupts():
+                elastic_launch(LaunchConfig(**settings), sys.executable)("-u", "-c", _ENTRY, *arguments)
         except SignalException as stop:
             if not any(word.kind == "Stopped" for word in _last_words(Path(folder)).values()):
-                say("interrupted before the first step; nothing was saved")
+                say("interrupted; no new checkpoint was written")
             return 128 + int(stop.sigval)
         except ChildFailedError as failed:
             return _explain(failed.failures, _last_words(Path(folder)))
         finally:
             logging.disable(logging.NOTSET)
     return 0
+
+
+@contextlib.contextmanager
+def _children_start_without_interrupts() -> Iterator[None]:
+    """Block SIGINT in the main thread, whose signal mask its child processes inherit, while another thread keeps receiving it.
+
+    Python runs signal handlers in the main thread whichever thread the system chose, so Ctrl-C works here as before.
+    """
+    done = threading.Event()
+    receiver = threading.Thread(target=done.wait, name="ringflash-interrupts", daemon=True)
+    receiver.start()
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+        done.set()
+        receiver.join()
 
 
 def _explain(failures: dict[int, Any], words: dict[int, LastWord]) -> int:
