@@ -9,7 +9,7 @@ template <class Use>
 int with_backward_tile(int head_dim, int head_dim_v, const Use& use) {
   if (head_dim <= 0 || head_dim_v <= 0 || head_dim % 8 || head_dim_v % 8) return RF_ERROR_UNSUPPORTED;
   const int d = head_dim > head_dim_v ? head_dim : head_dim_v;
-  if (d <= 64) return use(NarrowTile<64, 64>{});
+  if (d <= 64) return use(NarrowTile<64, 128>{});
   if (d <= 96) return use(NarrowTile<96, 64>{});
   if (d <= 128) return use(NarrowTile<128, 64>{});
   if (d <= 192 && head_dim_v <= 128) return use(Wide192V128{});

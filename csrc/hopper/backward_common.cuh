@@ -4,6 +4,8 @@
 // producer warp turns the item's runs into *steps*, one query tile each, and tells the other warps through a small ring of Step
 // records; a second warp brings each step's row statistics. Matrix warps never meet a table, a Slice or an index computation.
 #pragma once
+#include <type_traits>
+
 #include "../device/band.cuh"
 #include "../device/ptx.cuh"
 
@@ -59,7 +61,9 @@ template <int Rows, int Keys>
 struct __align__(16) Statistics {
   float negative_lse[Rows];    // -lse * log2(e); -inf: the row sees nothing, P = 0
   float negative_delta[Rows];  // -delta * scale
-  Interval seen_by[Keys];      // of each key, the queries of this tile that see it; written for masked steps
+  uint16_t seen_by[Keys];  // of each key, the queries [low byte, high byte) of this tile that see it; written for masked steps
+
+  __device__ __forceinline__ Interval seen(int key) const { return Interval::of(seen_by[key] & 0xff, seen_by[key] >> 8); }
 };
 
 /// Self-resetting counter: after every CTA of the grid was told "none left" it stands at zero again.
@@ -78,7 +82,7 @@ struct __align__(16) Walk {
 
 /// Tells every step of every item this CTA gets, in s.steps, then one with kStop; after each it calls on_step(i, step). By one
 /// thread.
-template <bool Prefetch, class Shared, class OnStep>
+template <class Shared, class OnStep>
 __device__ __forceinline__ void walk_items(const BackwardParams& p, Shared& s, int rows, const OnStep& on_step) {
   int i = 0;
   s.walk.next = claim_item(p), s.walk.items = 0;
@@ -103,7 +107,6 @@ __device__ __forceinline__ void walk_items(const BackwardParams& p, Shared& s, i
           if (m < 0 && run + 1 == s.walk.item[0].y && s.walk.item[1].y + 1 == s.walk.item[1].z) {
             flags |= kLast;
             s.walk.next = claim_item(p);
-            if (Prefetch) ptx::mbarrier_arrive(&s.walk.ends_soon);
           }
           step.flags = flags;
           flags = 0;
@@ -113,27 +116,23 @@ __device__ __forceinline__ void walk_items(const BackwardParams& p, Shared& s, i
         } while (m >= 0);
       }
     }
-    if (Prefetch) ptx::mbarrier_wait(&s.walk.noted, s.walk.items & 1);
     s.walk.items++;
   }
   s.steps[i % kStepRing].flags = kStop;
   ptx::mbarrier_arrive(&s.step_told[i % kStepRing]);
-  if (Prefetch) {
-    s.walk.item[0].z = -1;
-    ptx::mbarrier_arrive(&s.walk.ends_soon);
-  }
 }
 
 /// The producer thread: walks the work list and copies the tiles of each step. Shared memory tiles are [panel][row][64]. Where
 /// s.k has two buffers, the keys of the next item arrive while this one is worked on.
-template <bool Prefetch, int Rows, int Keys, int Panels, int PanelsV, class Shared>
+template <int Rows, int Keys, int Panels, int PanelsV, class Shared>
 __device__ __forceinline__ void produce_tiles(const BackwardParams& p, Shared& s, const CUtensorMap* q_map,
                                               const CUtensorMap* k_map, const CUtensorMap* v_map, const CUtensorMap* dout_map) {
   ptx::prefetch_tensor_map(q_map), ptx::prefetch_tensor_map(k_map);
   ptx::prefetch_tensor_map(v_map), ptx::prefetch_tensor_map(dout_map);
-  walk_items<Prefetch>(p, s, Rows, [&](int i, const Step& step) {
-    const int stage = i & 1, phase = (i >> 1) & 1;
-    ptx::mbarrier_wait(&s.q_free[stage], phase ^ 1);
+  walk_items(p, s, Rows, [&](int i, const Step& step) {
+    constexpr int kStages = sizeof(s.q) / sizeof(s.q[0]);
+    const int stage = i % kStages;
+    ptx::mbarrier_wait(&s.q_free[stage], (i / kStages & 1) ^ 1);
     ptx::mbarrier_arrive_expect(&s.q_full[stage], sizeof(s.q[0]));
 #pragma unroll 1
     for (int c = 0; c < Panels; c++)
@@ -149,12 +148,14 @@ __device__ __forceinline__ void produce_tiles(const BackwardParams& p, Shared& s
         ptx::tensor_load(s.k[buffer] + c * Keys * 64, k_map, &s.k_full[buffer], c * 64, step.first_key, step.kv_head, step.batch,
                          ptx::kEvictFirst);
     }
-    ptx::mbarrier_wait(&s.dout_free[stage], phase ^ 1);
-    ptx::mbarrier_arrive_expect(&s.dout_full[stage], sizeof(s.dout[0]));
+    constexpr int kDoutStages = sizeof(s.dout) / sizeof(s.dout[0]);
+    const int at = i % kDoutStages;
+    ptx::mbarrier_wait(&s.dout_free[at], (i / kDoutStages & 1) ^ 1);
+    ptx::mbarrier_arrive_expect(&s.dout_full[at], sizeof(s.dout[0]));
 #pragma unroll 1
     for (int c = 0; c < PanelsV; c++)
-      ptx::tensor_load(s.dout[stage] + c * Rows * 64, dout_map, &s.dout_full[stage], c * 64, step.first_row, step.head,
-                       step.batch, ptx::kEvictLast);
+      ptx::tensor_load(s.dout[at] + c * Rows * 64, dout_map, &s.dout_full[at], c * 64, step.first_row, step.head, step.batch,
+                       ptx::kEvictLast);
     if (step.flags & kFirst) {
       ptx::mbarrier_wait(&s.v_free, (s.walk.items & 1) ^ 1);
       ptx::mbarrier_arrive_expect(&s.v_full, sizeof(s.v));
@@ -169,13 +170,14 @@ __device__ __forceinline__ void produce_tiles(const BackwardParams& p, Shared& s
 /// The statistics of a step, by one warp. Rows past the end get P = 0.
 template <int Rows, int Keys, class Shared>
 __device__ __forceinline__ void produce_statistics(const BackwardParams& p, Shared& s, int lane) {
-  constexpr int kEach = Rows / 32;
+  constexpr int kEach = Rows / 32, kStages = sizeof(s.q) / sizeof(s.q[0]);
 #pragma unroll 1
   for (int i = 0;; i++) {
     const Step& step = s.steps[i % kStepRing];
     ptx::mbarrier_wait(&s.step_told[i % kStepRing], (i / kStepRing) & 1);
     if (step.flags & kStop) break;
-    Statistics<Rows, Keys>& to = s.statistics[i & 1];
+    const int stage = i % kStages;
+    Statistics<Rows, Keys>& to = s.statistics[stage];
     const float* lse = p.lse + step.batch * p.lse_batch_stride + step.head * p.lse_head_stride;
     const float* delta = p.delta + step.batch * p.delta_batch_stride + step.head * p.delta_head_stride;
     float a[kEach], c[kEach];
@@ -189,7 +191,7 @@ __device__ __forceinline__ void produce_statistics(const BackwardParams& p, Shar
         c[r] = l == -INFINITY ? 0.f : -p.scale * __ldg(delta + row);
       }
     }
-    ptx::mbarrier_wait(&s.q_free[i & 1], ((i >> 1) & 1) ^ 1);
+    ptx::mbarrier_wait(&s.q_free[stage], (i / kStages & 1) ^ 1);
 #pragma unroll
     for (int r = 0; r < kEach; r++) {
       to.negative_lse[r * 32 + lane] = a[r];
@@ -205,11 +207,11 @@ __device__ __forceinline__ void produce_statistics(const BackwardParams& p, Shar
           const int4 x = __ldg(p.bands + 2 * (step.band_begin + j)), y = __ldg(p.bands + 2 * (step.band_begin + j) + 1);
           if (key >= x.x && key < x.y) seen = band_interval(key, x.z, x.w, y.x, y.y, step.first_row, Rows);
         }
-        to.seen_by[r] = seen;
+        to.seen_by[r] = static_cast<uint16_t>(seen.begin() | seen.end() << 8);
       }
     }
     __syncwarp();
-    if (lane == 0) ptx::mbarrier_arrive(&s.q_full[i & 1]);
+    if (lane == 0) ptx::mbarrier_arrive(&s.q_full[stage]);
   }
 }
 
@@ -231,11 +233,10 @@ __device__ __forceinline__ void add_rows(float* row, const float (&d)[N], int la
 }
 
 /// Writes this lane's part of a 64 x 2N accumulator to rows of 2-byte elements. The four lanes of a quad exchange blocks of eight
-/// columns, so that each writes 16 bytes. row: the upper of the lane's two rows, at column 8 * (lane % 4); lower: eight rows
-/// below.
+/// columns, so that each writes 16 bytes. row: the upper of the lane's two rows, at column 8 * (lane % 4), the other is
+/// eight_rows further; rows: how many exist from there on.
 template <class T, int N>
-__device__ __forceinline__ void store_rows(T* row, int64_t eight_rows, const float (&d)[N], int lane, bool inside,
-                                           bool inside_lower, int columns) {
+__device__ __forceinline__ void store_rows(T* row, int64_t eight_rows, const float (&d)[N], int lane, int rows, int columns) {
   static_assert(N % 16 == 0, "blocks of 32 columns");
   const bool odd = lane & 1, high = lane & 2;
 #pragma unroll
@@ -262,10 +263,23 @@ __device__ __forceinline__ void store_rows(T* row, int64_t eight_rows, const flo
         else
           w[i + 2] = other;
       }
-      if ((r ? inside_lower : inside) && (j + lane % 4) * 8 < columns)
+      if (8 * r < rows && (j + lane % 4) * 8 < columns)
         *reinterpret_cast<uint4*>(row + r * eight_rows + j * 8) = make_uint4(w[0], w[1], w[2], w[3]);
     }
   }
+}
+/// Puts 32 columns of a warpgroup's 64 x 32 block into a box for the copy engine: [row][32] float32, chunks swizzled by row % 8.
+template <int N>
+__device__ __forceinline__ void fill_box(uint32_t box, const float (&d)[N], int first, int warp, int lane) {
+  const int row = warp * 16 + lane / 4;
+#pragma unroll
+  for (int j = 0; j < 4; j++)
+#pragma unroll
+    for (int r = 0; r < 2; r++)
+      asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(box + (row + 8 * r) * 128 +
+                                                            (((2 * j + (lane % 4) / 2) ^ (row % 8)) << 4) + (lane & 1) * 8),
+                   "f"(d[(first / 8 + j) * 4 + 2 * r]), "f"(d[(first / 8 + j) * 4 + 2 * r + 1])
+                   : "memory");
 }
 /// dk or dv of this lane's keys first_row and + 8 of a 64 x 2N accumulator: added to float32, or written as T.
 template <class T, int N>
@@ -273,7 +287,7 @@ __device__ __forceinline__ void finish_gradient(void* base, bool store, int64_t 
                                                 int length, const float (&d)[N], int lane, int columns) {
   if (store) {
     T* to = static_cast<T*>(base) + offset + first_row * seq_stride + (lane & 3) * 8;
-    store_rows(to, 8 * seq_stride, d, lane, first_row < length, first_row + 8 < length, columns);
+    store_rows(to, 8 * seq_stride, d, lane, length - first_row, columns);
   } else {
     const int row = first_row + (lane & 1) * 8;
     add_rows(static_cast<float*>(base) + offset + row * seq_stride + (lane & 2) * 2, d, lane, row < length, columns);
@@ -331,29 +345,81 @@ __device__ __forceinline__ void pass_turns_on(const BackwardParams& p, Shared& s
     ptx::mbarrier_arrive(&s.turn.passed_on[i & 1]);
   }
 }
-/// Brings the float32 rows that an item will add to into L2 while its last steps run: additions to rows in memory stall
-/// (measured: 18,000 cycles an item). By one warp.
-template <int Keys, class Shared>
-__device__ __forceinline__ void prefetch_gradients(const BackwardParams& p, Shared& s, int lane) {
-  const int4& item = s.walk.item[0];
+/// The warpgroup of dQ: dQ^T = K^T dS^T in parts of 64 columns of d (or, of tiles with one panel and 128 rows, of 64 queries),
+/// through two buffers in shared memory to the copy engine, which adds them to global memory and clips rows and columns past the
+/// end. red.global.add.v4 from registers instead takes more than twice as long: its warps touch 16 rows at once.
+template <class T, int Rows, int Keys, int Panels, bool Deterministic, class Shared>
+__device__ __forceinline__ void make_dq(const BackwardParams& p, Shared& s, const CUtensorMap* dq_map, int thread) {
+  using Product = ptx::Wgmma<64, T, true, false>;
+  constexpr int kParts = Panels * Rows / 64;
+  constexpr int kBuffers = sizeof(s.k) / sizeof(s.k[0]), kStages = sizeof(s.ds) / sizeof(s.ds[0]);
+  const int warp = thread / 32, lane = thread % 32, c0 = (lane % 4) * 2;
+  const uint32_t ds_low = ptx::descriptor_low(ptx::shared_address(s.ds)), k_low = ptx::descriptor_low(ptx::shared_address(s.k));
+  // This lane holds d = 16 warp + lane / 4 (+ 8) and queries 8 j + c0 (+ 1): 4-byte stores, one box row (32 d) per query, chunk
+  // ^= query % 8: free of bank conflicts.
+  const uint32_t box = ptx::shared_address(s.dq) + (warp >> 1) * 64 * 128 + c0 * 128 +
+                       ((((warp & 1) * 4 + (lane >> 4)) ^ c0) << 4) + ((lane >> 2) & 3) * 4;
+  int items = -1, i = 0;
 #pragma unroll 1
-  for (int phase = 0;; phase ^= 1) {
-    ptx::mbarrier_wait(&s.walk.ends_soon, phase);
-    if (item.z < 0) break;
-#pragma unroll 1
-    for (int which = p.store ? 2 : 0; which < 2; which++) {
-      const float* to = static_cast<const float*>(which ? p.dk : p.dv) + lane % 8 * 32;
-      to += item.w * (which ? p.dk_batch_stride : p.dv_batch_stride);
-      to += s.walk.item[1].x * (which ? p.dk_head_stride : p.dv_head_stride);
-      to += (item.z + lane / 8) * (which ? p.dk_seq_stride : p.dv_seq_stride);
-#pragma unroll 1
-      for (int row = lane / 8; row < min(p.k_len - item.z, Keys); row += 4) {
-        if (lane % 8 * 32 < (which ? p.head_dim : p.head_dim_v)) ptx::prefetch_l2(to);
-        to += 4 * (which ? p.dk_seq_stride : p.dv_seq_stride);
+  for (;; i++) {
+    const Step& step = s.steps[i % kStepRing];
+    ptx::mbarrier_wait(&s.step_told[i % kStepRing], (i / kStepRing) & 1);
+    const int flags = step.flags;
+    if (flags & kStop) break;
+    const int row = step.first_row, head = step.head, batch = step.batch;
+    if (flags & kFirst) items++, ptx::mbarrier_wait(&s.k_full[items % kBuffers], (items / kBuffers) & 1);
+    const uint32_t k_now = k_low + items % kBuffers * (sizeof(s.k[0]) / 16);
+    const int stage = i % kStages;
+    const uint32_t b = ds_low + stage * (sizeof(s.ds[0]) / 16);
+    if (Deterministic && thread == 0 && i > 0) {
+      ptx::bulk_wait<0>();
+      ptx::mbarrier_arrive(&s.turn.added[(i - 1) & 1]);
+    }
+    ptx::mbarrier_wait(&s.ds_full[stage], (i / kStages) & 1);
+#pragma unroll 1  // unrolled, two parts would want 64 accumulators
+    for (int part = 0; part < kParts; part++) {
+      const int buffer = (kParts % 2 ? i * kParts + part : part) & 1;
+      const uint32_t a_part = k_now + (Rows == 64 ? part : 0) * Keys * 8, b_part = b + (Rows == 64 ? 0 : part) * 64 * 8;
+      float x[32];
+      ptx::wgmma_fence();
+      Product::ss_first(x, ptx::descriptor(a_part), ptx::descriptor(b_part));
+#pragma unroll
+      for (int k = 1; k < Keys / 16; k++)
+        Product::ss(x, ptx::descriptor(a_part + k * 128), ptx::descriptor(b_part + (k / 4) * Rows * 8 + (k % 4) * 2));
+      ptx::wgmma_commit();
+      if (thread == 0) ptx::bulk_wait_read<1>();
+      ptx::barrier_sync<3, 128>();  // this buffer was read
+      ptx::wgmma_wait<0>();
+      ptx::pin(x);
+      if (part == kParts - 1 && lane == 0) {
+        ptx::mbarrier_arrive(&s.ds_free[stage]);
+        if (flags & kLast) ptx::mbarrier_arrive(&s.k_free[items % kBuffers]);
+      }
+#pragma unroll
+      for (int j = 0; j < 8; j++)
+#pragma unroll
+        for (int e = 0; e < 4; e++)
+          asm volatile("st.shared.f32 [%0], %1;" ::"r"((box ^ ((e & 1) * 16) ^ ((e >> 1) * 32)) + (e & 1) * 128 + j * 1024 +
+                                                       buffer * (64 * 256)),
+                       "f"(x[j * 4 + e])
+                       : "memory");
+      ptx::fence_async_proxy();
+      if (Deterministic && part == 0 && thread == 0) ptx::mbarrier_wait(&s.turn.mine[i & 1], (i >> 1) & 1);
+      ptx::barrier_sync<2, 128>();
+      if (thread == 0) {
+#pragma unroll
+        for (int c = 0; c < 2; c++) {
+          const int column = (Rows == 64 ? part * 64 : 0) + c * 32;
+          if (column < p.head_dim)
+            ptx::tensor_reduce_add(dq_map, s.dq[buffer][c], column, row + (Rows == 64 ? 0 : part * 64), head, batch);
+        }
+        ptx::bulk_commit();
       }
     }
-    __syncwarp();
-    if (lane == 0) ptx::mbarrier_arrive(&s.walk.noted);
+  }
+  if (thread == 0) {
+    ptx::bulk_wait<0>();
+    if (Deterministic && i > 0) ptx::mbarrier_arrive(&s.turn.added[(i - 1) & 1]);
   }
 }
 
@@ -386,22 +452,41 @@ __device__ __forceinline__ void exponentiate(float (&x)[N], const float* negativ
     }
   }
 }
-/// a, on entry P^T in pairs, becomes scale * dS^T = P (dP * scale - delta * scale), x being dP^T; with a softcap times 1 -
-/// tanh^2.
-template <class T, bool Softcap, int N>
-__device__ __forceinline__ void score_gradients(uint32_t (&a)[N / 2], const float (&x)[N], const float* negative_delta,
-                                                const float* negative_lse, const BackwardParams& p) {
+/// The two values of a word; of bfloat16 by one instruction each (the conversion intrinsics take two).
+template <class T>
+__device__ __forceinline__ float2 unpack_pair(uint32_t word) {
+  if constexpr (std::is_same<T, __nv_bfloat16>::value)
+    return make_float2(__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u));
+  else
+    return ptx::unpack<T>(word);
+}
+/// x, on entry dP^T, becomes scale * (dP - delta)^T. negative_delta: -scale * delta from this lane's first query on, in shared
+/// memory.
+template <int N>
+__device__ __forceinline__ void subtract_delta(float (&x)[N], const float* negative_delta, float scale) {
 #pragma unroll
   for (int j = 0; j < N / 4; j++) {
     const float2 delta = *reinterpret_cast<const float2*>(negative_delta + j * 8);
+#pragma unroll
+    for (int e = 0; e < 4; e++) x[j * 4 + e] = fmaf(x[j * 4 + e], scale, (e & 1) ? delta.y : delta.x);
+  }
+}
+/// a, on entry P^T in pairs, becomes scale * dS^T = P^T x; with a softcap times 1 - tanh^2.
+template <class T, bool Softcap, int N>
+__device__ __forceinline__ void score_gradients(uint32_t (&a)[N / 2], const float (&x)[N], const float* negative_lse,
+                                                const BackwardParams& p) {
+#pragma unroll
+  for (int j = 0; j < N / 4; j++) {
     float2 l = {};
     if (Softcap) l = *reinterpret_cast<const float2*>(negative_lse + j * 8);
 #pragma unroll
     for (int e = 0; e < 2; e++) {
-      const float2 prob = ptx::unpack<T>(a[2 * j + e]);
-      float left = fmaf(x[j * 4 + 2 * e], p.scale, delta.x), right = fmaf(x[j * 4 + 2 * e + 1], p.scale, delta.y);
-      if (Softcap) left *= cap_slope(prob.x, l.x, p.inverse_cap), right *= cap_slope(prob.y, l.y, p.inverse_cap);
-      a[2 * j + e] = ptx::pack<T>(prob.x * left, prob.y * right);
+      float2 prob = unpack_pair<T>(a[2 * j + e]);
+      if (Softcap) {
+        const float2 slope = {cap_slope(prob.x, l.x, p.inverse_cap), cap_slope(prob.y, l.y, p.inverse_cap)};
+        prob.x *= slope.x, prob.y *= slope.y;
+      }
+      a[2 * j + e] = ptx::pack<T>(prob.x * x[j * 4 + 2 * e], prob.y * x[j * 4 + 2 * e + 1]);
     }
   }
 }

@@ -39,7 +39,7 @@ inline bool backward_map(CUtensorMap* map, CUtensorMapDataType type, const void*
 
 /// Everything a launch needs besides the kernel. 0 or an error code.
 template <class T, class Tile>
-int backward_arguments(const RfHopperBackwardParams& c, CUtensorMap (&maps)[5], BackwardParams& p) {
+int backward_arguments(const RfHopperBackwardParams& c, CUtensorMap (&maps)[7], BackwardParams& p) {
   constexpr CUtensorMapDataType type =
       std::is_same<T, __half>::value ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   RF_REQUIRE(backward_map_encoder(), RF_ERROR_UNSUPPORTED);
@@ -50,6 +50,13 @@ int backward_arguments(const RfHopperBackwardParams& c, CUtensorMap (&maps)[5], 
           backward_map(&maps[3], type, c.dout, c.dout_strides, c.batch, c.q_len, c.heads, c.head_dim_v, Tile::kRows) &&
           backward_map(&maps[4], CU_TENSOR_MAP_DATA_TYPE_FLOAT32, c.dq, c.dq_strides, c.batch, c.q_len, c.heads, c.head_dim, 64),
       RF_ERROR_ALIGNMENT);
+  if (!c.store) {
+    RF_REQUIRE(backward_map(&maps[5], CU_TENSOR_MAP_DATA_TYPE_FLOAT32, c.dk, c.dk_strides, c.batch, c.k_len, c.kv_heads,
+                            c.head_dim, 64) &&
+                   backward_map(&maps[6], CU_TENSOR_MAP_DATA_TYPE_FLOAT32, c.dv, c.dv_strides, c.batch, c.k_len, c.kv_heads,
+                                c.head_dim_v, 64),
+               RF_ERROR_ALIGNMENT);
+  }
   p.lse = c.lse, p.delta = c.delta, p.dq = c.dq, p.dk = c.dk, p.dv = c.dv;
   p.items = reinterpret_cast<const int4*>(c.items), p.runs = reinterpret_cast<const int4*>(c.runs);
   p.bands = reinterpret_cast<const int4*>(c.bands);
@@ -78,11 +85,11 @@ int launch_backward(const RfHopperBackwardParams& call, cudaStream_t stream);
 
 /// Launches `kernel` with the shared memory of `Shared`.
 template <class Tile, class Shared, class Kernel>
-int launch_backward_kernel(Kernel kernel, const RfHopperBackwardParams& c, const CUtensorMap (&maps)[5], const BackwardParams& p,
+int launch_backward_kernel(Kernel kernel, const RfHopperBackwardParams& c, const CUtensorMap (&maps)[7], const BackwardParams& p,
                            cudaStream_t stream) {
   static_assert(sizeof(Shared) <= 227 * 1024, "shared memory of a multiprocessor");
   RF_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared)));
-  kernel<<<c.ctas, Tile::kThreads, sizeof(Shared), stream>>>(maps[0], maps[1], maps[2], maps[3], maps[4], p);
+  kernel<<<c.ctas, Tile::kThreads, sizeof(Shared), stream>>>(maps[0], maps[1], maps[2], maps[3], maps[4], maps[5], maps[6], p);
   RF_CUDA(cudaGetLastError());
   return RF_OK;
 }

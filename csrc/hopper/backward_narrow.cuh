@@ -21,15 +21,15 @@ struct __align__(1024) NarrowShared {
   static constexpr int kPanelRows = 64 * Tile::kPanels;
   uint16_t k[2][Tile::kKeys * kPanelRows];  // [panel][key][64], 128-byte swizzle; so are all below
   uint16_t v[Tile::kKeys * kPanelRows];
-  uint16_t q[2][Tile::kRows * kPanelRows];  // [stage][panel][query][64]
+  uint16_t q[Tile::kQStages][Tile::kRows * kPanelRows];  // [stage][panel][query][64]
   uint16_t dout[2][Tile::kRows * kPanelRows];
-  uint16_t ds[2][2][Tile::kRows * 64];  // [stage][half of the keys][query][64 keys]
+  uint16_t ds[1][2][Tile::kRows * 64];  // [stage][half of the keys][query][64 keys]
   float dq[2][2][64 * 32];              // [buffer][32 columns of d][query][32]
-  Statistics<Tile::kRows, Tile::kKeys> statistics[2];
+  Statistics<Tile::kRows, Tile::kKeys> statistics[Tile::kQStages];
   Step steps[kStepRing];
   Walk walk;
   uint64_t k_full[2], k_free[2], v_full, v_free;
-  uint64_t q_full[2], q_free[2], dout_full[2], dout_free[2], ds_full[2], ds_free[2];
+  uint64_t q_full[Tile::kQStages], q_free[Tile::kQStages], dout_full[2], dout_free[2], ds_full[1], ds_free[1];
   uint64_t step_told[kStepRing];
   TurnBarriers turn;
 };
@@ -38,10 +38,10 @@ template <class T, class Tile, bool Softcap, bool Deterministic>
 __global__ void __launch_bounds__(Tile::kThreads, 1)
     backward_narrow(const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap k_map,
                     const __grid_constant__ CUtensorMap v_map, const __grid_constant__ CUtensorMap dout_map,
-                    const __grid_constant__ CUtensorMap dq_map, const __grid_constant__ BackwardParams p) {
+                    const __grid_constant__ CUtensorMap dq_map, const __grid_constant__ CUtensorMap dk_map,
+                    const __grid_constant__ CUtensorMap dv_map, const __grid_constant__ BackwardParams p) {
   using Shared = NarrowShared<Tile>;
   constexpr int kD = Tile::kHeadDim, kRows = Tile::kRows, kKeys = Tile::kKeys, kPanels = Tile::kPanels;
-  constexpr bool kEarly = Tile::kEarly;
   extern __shared__ __align__(1024) uint8_t raw[];
   Shared& s = *reinterpret_cast<Shared*>(raw);
   const int warpgroup = threadIdx.x / 128, thread = threadIdx.x % 128, lane = thread % 32;
@@ -49,14 +49,13 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     ptx::mbarrier_init(&s.v_full, 1), ptx::mbarrier_init(&s.v_free, 8);  // one arrival per warp
     for (int i = 0; i < 2; i++) {
       ptx::mbarrier_init(&s.k_full[i], 1), ptx::mbarrier_init(&s.k_free[i], 12);
-      ptx::mbarrier_init(&s.q_full[i], 2), ptx::mbarrier_init(&s.dout_full[i], 1);
-      ptx::mbarrier_init(&s.q_free[i], 8), ptx::mbarrier_init(&s.dout_free[i], 8);
-      ptx::mbarrier_init(&s.ds_full[i], 8), ptx::mbarrier_init(&s.ds_free[i], 4);
+      ptx::mbarrier_init(&s.dout_full[i], 1), ptx::mbarrier_init(&s.dout_free[i], 8);
       ptx::mbarrier_init(&s.turn.mine[i], 1), ptx::mbarrier_init(&s.turn.added[i], 1),
           ptx::mbarrier_init(&s.turn.passed_on[i], 1);
     }
+    for (int i = 0; i < Tile::kQStages; i++) ptx::mbarrier_init(&s.q_full[i], 2), ptx::mbarrier_init(&s.q_free[i], 8);
+    ptx::mbarrier_init(&s.ds_full[0], 8), ptx::mbarrier_init(&s.ds_free[0], 4);
     for (int i = 0; i < kStepRing; i++) ptx::mbarrier_init(&s.step_told[i], 1);
-    ptx::mbarrier_init(&s.walk.ends_soon, 1), ptx::mbarrier_init(&s.walk.noted, 1);
     ptx::mbarrier_init_fence();
   }
   __syncthreads();
@@ -64,90 +63,17 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   if (warpgroup == 0) {
     ptx::registers_lower<Tile::kProducerRegisters>();
     if (thread == 0) {
-      produce_tiles<!Deterministic, kRows, kKeys, kPanels, kPanels>(p, s, &q_map, &k_map, &v_map, &dout_map);
+      produce_tiles<kRows, kKeys, kPanels, kPanels>(p, s, &q_map, &k_map, &v_map, &dout_map);
     } else if (thread / 32 == 2) {
       produce_statistics<kRows, kKeys>(p, s, lane);
-    } else if (thread / 32 == 1) {
-      if (!Deterministic)
-        prefetch_gradients<kKeys>(p, s, lane);
-      else if (lane == 0)
-        await_turns<kRows, kKeys>(p, s);
+    } else if (Deterministic && thread == 32) {
+      await_turns<kRows, kKeys>(p, s);
     } else if (Deterministic && thread == 96) {
       pass_turns_on<kRows>(p, s);
     }
   } else if (warpgroup == 3) {
     ptx::registers_lower<Tile::kDqRegisters>();
-    using Product = ptx::Wgmma<64, T, true, false>;
-    constexpr int kParts = Tile::kDqParts;
-    const int warp = thread / 32, c0 = (lane % 4) * 2;
-    const uint32_t ds_low = ptx::descriptor_low(ptx::shared_address(s.ds)), k_low = ptx::descriptor_low(ptx::shared_address(s.k));
-    // This lane holds d = 16 warp + lane / 4 (+ 8) and queries 8 j + c0 (+ 1): 4-byte stores, one box row (32 d) per query, chunk
-    // ^= query % 8: free of bank conflicts.
-    const uint32_t box = ptx::shared_address(s.dq) + (warp >> 1) * 64 * 128 + c0 * 128 +
-                         ((((warp & 1) * 4 + (lane >> 4)) ^ c0) << 4) + ((lane >> 2) & 3) * 4;
-    int items = -1, i = 0;
-#pragma unroll 1
-    for (;; i++) {
-      const Step& step = s.steps[i % kStepRing];
-      ptx::mbarrier_wait(&s.step_told[i % kStepRing], (i / kStepRing) & 1);
-      const int flags = step.flags;
-      if (flags & kStop) break;
-      const int row = step.first_row, head = step.head, batch = step.batch;
-      if (flags & kFirst) items++, ptx::mbarrier_wait(&s.k_full[items & 1], (items >> 1) & 1);
-      const uint32_t k_now = k_low + (items & 1) * (sizeof(s.k[0]) / 16);
-      const int stage = i & 1;
-      const uint32_t b = ds_low + stage * (2 * kRows * 128 / 16);
-      if (Deterministic && thread == 0 && i > 0) {
-        ptx::bulk_wait<0>();
-        ptx::mbarrier_arrive(&s.turn.added[stage ^ 1]);
-      }
-      ptx::mbarrier_wait(&s.ds_full[stage], (i >> 1) & 1);
-#pragma unroll 1  // unrolled, two parts would want 64 accumulators
-      for (int part = 0; part < kParts; part++) {
-        // Panels of d, or halves of the queries.
-        const int buffer = kParts == 2 ? part : stage;
-        const uint32_t a_part = k_now + (kPanels == 2 ? part : 0) * kKeys * 8, b_part = b + (kRows == 128 ? part : 0) * 64 * 8;
-        float x[32];
-        ptx::wgmma_fence();
-        Product::ss_first(x, ptx::descriptor(a_part), ptx::descriptor(b_part));
-#pragma unroll
-        for (int k = 1; k < kKeys / 16; k++)
-          Product::ss(x, ptx::descriptor(a_part + k * 128), ptx::descriptor(b_part + (k / 4) * kRows * 8 + (k % 4) * 2));
-        ptx::wgmma_commit();
-        if (thread == 0) ptx::bulk_wait_read<1>();
-        ptx::barrier_sync<3, 128>();  // this buffer was read
-        ptx::wgmma_wait<0>();
-        ptx::pin(x);
-        if (part == kParts - 1 && lane == 0) {
-          ptx::mbarrier_arrive(&s.ds_free[stage]);
-          if (flags & kLast) ptx::mbarrier_arrive(&s.k_free[items & 1]);
-        }
-#pragma unroll
-        for (int j = 0; j < 8; j++)
-#pragma unroll
-          for (int e = 0; e < 4; e++)
-            asm volatile("st.shared.f32 [%0], %1;" ::"r"((box ^ ((e & 1) * 16) ^ ((e >> 1) * 32)) + (e & 1) * 128 + j * 1024 +
-                                                         buffer * (64 * 256)),
-                         "f"(x[j * 4 + e])
-                         : "memory");
-        ptx::fence_async_proxy();
-        if (Deterministic && part == 0 && thread == 0) ptx::mbarrier_wait(&s.turn.mine[stage], (i >> 1) & 1);
-        ptx::barrier_sync<2, 128>();
-        if (thread == 0) {  // rows and columns past the end are clipped
-#pragma unroll
-          for (int c = 0; c < 2; c++) {
-            const int column = (kPanels == 2 ? part * 64 : 0) + c * 32;
-            if (column < kD)
-              ptx::tensor_reduce_add(&dq_map, s.dq[buffer][c], column, row + (kRows == 128 ? part * 64 : 0), head, batch);
-          }
-          ptx::bulk_commit();
-        }
-      }
-    }
-    if (thread == 0) {
-      ptx::bulk_wait<0>();
-      if (Deterministic && i > 0) ptx::mbarrier_arrive(&s.turn.added[(i - 1) & 1]);
-    }
+    make_dq<T, kRows, kKeys, kPanels, Deterministic>(p, s, &dq_map, thread);
   } else {
     ptx::registers_raise<Tile::kConsumerRegisters>();
     using Scores = ptx::Wgmma<kRows, T>;
@@ -168,9 +94,6 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     float x[kRows / 2];     // S^T, then P^T, then dP^T
     uint32_t a[kRows / 4];  // P^T, then dS^T: A operands
 
-    float y[kRows / 2];     // if early: dP^T, which otherwise takes x's place
-    uint32_t c[kRows / 4];  // if early: dS^T, which otherwise takes a's place
-
     const auto issue_scores = [&](float (&d)[kRows / 2], uint32_t left, uint32_t right, int stage) {  // d = left right^T
       const uint32_t r = right + stage * kStage;
       Scores::ss_first(d, ptx::descriptor(left), ptx::descriptor(r));
@@ -186,18 +109,15 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       for (int k = 0; k < kRows / 16; k++) Gradient::rs(d, left + 4 * k, ptx::descriptor(right + stage * kStage + k * 128));
       ptx::wgmma_commit();
     };
-    const auto store_ds = [&](const uint32_t (&ds)[kRows / 4], int stage, int phase) {
-      ptx::mbarrier_wait(&s.ds_free[stage], phase ^ 1);
-#pragma unroll
-      for (int k = 0; k < kRows / 16; k++)
-        ptx::stmatrix_x4_trans(ds_store + stage * (2 * kRows * 128) + k * 16 * 128, ds[4 * k], ds[4 * k + 1], ds[4 * k + 2],
-                               ds[4 * k + 3]);
-      ptx::fence_async_proxy();
-      __syncwarp();
-      if (lane == 0) ptx::mbarrier_arrive(&s.ds_full[stage]);
+    const auto sync_consumer = [&] {
+      if (w == 0)
+        ptx::barrier_sync<4, 128>();
+      else
+        ptx::barrier_sync<5, 128>();
     };
 
     int i = 0, items = 0;
+    int q_stage = 0, q_phase = 0;
     ptx::mbarrier_wait(&s.step_told[0], 0);
     int flags = s.steps[0].flags, bands = s.steps[0].band_count & 0xffff;
     if (flags & kStop) return;
@@ -212,109 +132,112 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
 #pragma unroll 1
     while (true) {
       const int stage = i & 1, phase = (i >> 1) & 1;
-      const auto& rows = s.statistics[stage];
-      const auto wait_dout = [&] {
-        if (flags & kFirst) ptx::mbarrier_wait(&s.v_full, items & 1);
-        ptx::mbarrier_wait(&s.dout_full[stage], phase);
-        ptx::wgmma_fence();
-      };
-      const auto release_dout = [&] {
-        if (lane == 0) {
-          ptx::mbarrier_arrive(&s.dout_free[stage]);
-          if (flags & kLast) ptx::mbarrier_arrive(&s.v_free);
-        }
-      };
-      const int last = flags & kLast;
-      int next_flags;
-      // S of the next step, also across items: its keys are in the other buffer. The very last step repeats its own S, which
-      // nobody reads: a conditional product would cost a second code path.
-      const auto issue_next_scores = [&] {
-        const int at = (i + 1) % kStepRing;
-        ptx::mbarrier_wait(&s.step_told[at], ((i + 1) / kStepRing) & 1);
-        next_flags = s.steps[at].flags;
-        bands = s.steps[at].band_count & 0xffff;
-        int next = stage;
-        if (!(next_flags & kStop)) {
-          next = stage ^ 1;
-          if (last) ptx::mbarrier_wait(&s.k_full[(items + 1) & 1], ((items + 1) >> 1) & 1);
-          ptx::mbarrier_wait(&s.q_full[next], ((i + 1) >> 1) & 1);
-        }
-        ptx::wgmma_fence();
-        issue_scores(x, k_low + ((items + (last ? 1 : 0)) & 1) * (sizeof(s.k[0]) / 16), q_low, next);
-      };
-      if constexpr (kEarly) {
-        wait_dout();
-        issue_scores(y, v_low, dout_low, stage);
-      }
+      const auto& rows = s.statistics[q_stage];
       if (Softcap) cap_scores(x, p);
-      if (bands) mask_scores(x, rows.seen_by[key], rows.seen_by[key + 8], c0);
+      if (bands) mask_scores(x, rows.seen(key), rows.seen(key + 8), c0);
       exponentiate<Softcap>(x, rows.negative_lse + c0, p.scale_log2);
       ptx::pin(x);
-      ptx::wgmma_wait<kEarly ? 1 : 0>();  // dK of the step before
-      if constexpr (kEarly)
-        ptx::pin(c);
-      else
-        ptx::pin(a);
-      if (!(flags & kFirst) && lane == 0) ptx::mbarrier_arrive(&s.q_free[stage ^ 1]);
+      ptx::wgmma_wait<0>();  // dK of the step before
+      ptx::pin(a);
+      if (!(flags & kFirst) && lane == 0) ptx::mbarrier_arrive(&s.q_free[q_stage ? q_stage - 1 : Tile::kQStages - 1]);
 #pragma unroll
       for (int k = 0; k < kRows / 4; k++) a[k] = ptx::pack<T>(x[2 * k], x[2 * k + 1]);
-      if constexpr (kEarly) {
-        ptx::wgmma_fence();
-        issue_gradient(dv, a, dout_low, stage);
-        issue_next_scores();
-        ptx::wgmma_wait<2>();  // dP
-        ptx::pin(y);
-#pragma unroll
-        for (int k = 0; k < kRows / 4; k++) c[k] = a[k];
-        score_gradients<T, Softcap>(c, y, rows.negative_delta + c0, rows.negative_lse + c0, p);
-        store_ds(c, stage, phase);
-        ptx::wgmma_fence();
-        issue_gradient(dk, c, q_low, stage);
-        ptx::wgmma_wait<1>();  // dV, S of the next step
-        ptx::pin(x);
-        ptx::pin(a);
-        release_dout();
-      } else {
-        wait_dout();
-        issue_scores(x, v_low, dout_low, stage);
-        issue_gradient(dv, a, dout_low, stage);
-        ptx::wgmma_wait<0>();
-        ptx::pin(x);
-        ptx::pin(a);
-        release_dout();
-        score_gradients<T, Softcap>(a, x, rows.negative_delta + c0, rows.negative_lse + c0, p);
-        store_ds(a, stage, phase);
-        issue_next_scores();
-        issue_gradient(dk, a, q_low, stage);
-        ptx::wgmma_wait<1>();  // S of the next step
-        ptx::pin(x);
+      if (flags & kFirst) ptx::mbarrier_wait(&s.v_full, items & 1);
+      ptx::mbarrier_wait(&s.dout_full[stage], phase);
+      ptx::wgmma_fence();
+      issue_scores(x, v_low, dout_low, stage);
+      issue_gradient(dv, a, dout_low, stage);
+      const int at = (i + 1) % kStepRing, last = flags & kLast;
+      ptx::mbarrier_wait(&s.step_told[at], ((i + 1) / kStepRing) & 1);
+      const int next_flags = s.steps[at].flags;
+      bands = s.steps[at].band_count & 0xffff;
+      ptx::wgmma_wait<kRows == 64 ? 1 : 0>();  // dP; of 128 rows dV too, ptxas finds no registers for both
+      ptx::pin(x);
+      subtract_delta(x, rows.negative_delta + c0, p.scale);
+      ptx::wgmma_wait<0>();  // dV
+      ptx::pin(a);
+      if (lane == 0) {
+        ptx::mbarrier_arrive(&s.dout_free[stage]);
+        if (last) ptx::mbarrier_arrive(&s.v_free);
       }
+      score_gradients<T, Softcap>(a, x, rows.negative_lse + c0, p);
+      if (flags & kFirst) {  // the boxes of the item before lie where dS goes
+        if (thread == 0) ptx::bulk_wait_read<0>();
+        sync_consumer();
+      }
+      ptx::mbarrier_wait(&s.ds_free[0], (i & 1) ^ 1);
+#pragma unroll
+      for (int k = 0; k < kRows / 16; k++)
+        ptx::stmatrix_x4_trans(ds_store + k * 16 * 128, a[4 * k], a[4 * k + 1], a[4 * k + 2], a[4 * k + 3]);
+      ptx::fence_async_proxy();
+      __syncwarp();
+      if (lane == 0) ptx::mbarrier_arrive(&s.ds_full[0]);
+      // S of the next step, also across items: its keys are in the other buffer. The very last step repeats its own S, which
+      // nobody reads: a conditional product would cost a second code path.
+      int next = q_stage;
+      if (!(next_flags & kStop)) {
+        next = q_stage + 1 < Tile::kQStages ? q_stage + 1 : 0;
+        if (next == 0) q_phase ^= 1;
+        if (last) ptx::mbarrier_wait(&s.k_full[(items + 1) & 1], ((items + 1) >> 1) & 1);
+        ptx::mbarrier_wait(&s.q_full[next], q_phase);
+      }
+      ptx::wgmma_fence();
+      issue_scores(x, k_low + ((items + (last ? 1 : 0)) & 1) * (sizeof(s.k[0]) / 16), q_low, next);
+      issue_gradient(dk, a, q_low, q_stage);
+      ptx::wgmma_wait<1>();  // S of the next step
+      ptx::pin(x);
       if (last) {
         ptx::wgmma_wait<0>();
         ptx::pin(dk);
         ptx::pin(dv);
-        if constexpr (kEarly)
-          ptx::pin(c);
-        else
-          ptx::pin(a);
+        ptx::pin(a);
         if (lane == 0) {
-          ptx::mbarrier_arrive(&s.q_free[stage]);
+          ptx::mbarrier_arrive(&s.q_free[q_stage]);
           ptx::mbarrier_arrive(&s.k_free[items & 1]);
         }
         const Step& step = s.steps[i % kStepRing];
-        const int row = step.first_key + key;
-        finish_gradient<T>(p.dv, p.store, step.batch * p.dv_batch_stride + step.kv_head * p.dv_head_stride, p.dv_seq_stride, row,
-                           p.k_len, dv, lane, p.head_dim_v);
-        finish_gradient<T>(p.dk, p.store, step.batch * p.dk_batch_stride + step.kv_head * p.dk_head_stride, p.dk_seq_stride, row,
-                           p.k_len, dk, lane, p.head_dim);
+        if (p.store) {
+          const int row = step.first_key + key;
+          const int64_t to_v = step.batch * p.dv_batch_stride + row * p.dv_seq_stride + step.kv_head * p.dv_head_stride;
+          const int64_t to_k = step.batch * p.dk_batch_stride + row * p.dk_seq_stride + step.kv_head * p.dk_head_stride;
+          store_rows(static_cast<T*>(p.dv) + to_v + (lane & 3) * 8, 8 * p.dv_seq_stride, dv, lane, p.k_len - row, p.head_dim_v);
+          store_rows(static_cast<T*>(p.dk) + to_k + (lane & 3) * 8, 8 * p.dk_seq_stride, dk, lane, p.k_len - row, p.head_dim);
+        } else {
+          // Through this warpgroup's part of dS, 32 columns at a time, as dQ goes.
+          constexpr int kBoxes = sizeof(s.ds[0][0]) / (64 * 128);
+          ptx::mbarrier_wait(&s.ds_free[0], i & 1);
+#pragma unroll
+          for (int n = 0; n < kD / 16; n++) {
+            const int column = n * 32 % kD;
+            uint16_t* const to = s.ds[0][w] + n % kBoxes * 64 * 64;
+            if (n >= kBoxes) {
+              if (thread == 0) ptx::bulk_wait_read<kBoxes - 1>();
+              sync_consumer();
+            }
+            if (n * 32 < kD)
+              fill_box(ptx::shared_address(to), dv, column, warp, lane);
+            else
+              fill_box(ptx::shared_address(to), dk, column, warp, lane);
+            ptx::fence_async_proxy();
+            sync_consumer();
+            if (thread == 0) {
+              if (column < (n * 32 < kD ? p.head_dim_v : p.head_dim))
+                ptx::tensor_reduce_add(n * 32 < kD ? &dv_map : &dk_map, to, column, step.first_key + w * 64, step.kv_head,
+                                       step.batch);
+              ptx::bulk_commit();
+            }
+          }
+        }
         if (next_flags & kStop) break;
 #pragma unroll
         for (int n = 0; n < kD / 2; n++) dk[n] = dv[n] = 0.f;
         items++;
       }
       flags = next_flags;
+      q_stage = next;
       i++;
     }
+    if (thread == 0) ptx::bulk_wait<0>();
   }
 }
 

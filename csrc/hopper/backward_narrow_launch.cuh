@@ -7,7 +7,7 @@ namespace ringflash {
 
 template <class T, class Tile>
 int launch_backward(const RfHopperBackwardParams& c, cudaStream_t stream) {
-  CUtensorMap maps[5];
+  CUtensorMap maps[7] = {};
   BackwardParams p{};
   if (const int error = backward_arguments<T, Tile>(c, maps, p)) return error;
   const auto launch = [&](auto kernel) { return launch_backward_kernel<Tile, NarrowShared<Tile>>(kernel, c, maps, p, stream); };

@@ -9,12 +9,11 @@ template <int HeadDim_, int Rows_>
 struct NarrowTile {
   static constexpr int kHeadDim = HeadDim_, kRows = Rows_, kKeys = 128;
   static constexpr int kPanels = (HeadDim_ + 63) / 64;  // of 64 columns, 128 bytes
+  static constexpr int kQStages =
+      3;  // with two, the consumers could not work half a step apart (measured: D 64 loses 22 % of its time)
   static constexpr int kThreads = 512;
   static constexpr int kConsumerRegisters = 208, kDqRegisters = 72, kProducerRegisters = 24;
   static_assert(2 * kConsumerRegisters + kDqRegisters + kProducerRegisters == 512, "the register file of a multiprocessor");
-  static constexpr int kDqParts = kPanels * kRows / 64;  // of 64 x 64: panels of d, or halves of the queries
-  // dP has accumulators of its own, so its product runs during the exponentials; above 64 there are no registers for that.
-  static constexpr bool kEarly = HeadDim_ <= 64 && Rows_ == 64;
   static_assert(Rows_ == 64 || kPanels == 1, "dQ is made in at most two parts");
 };
 
@@ -24,6 +23,7 @@ template <int HeadDim_, int HeadDimV_, int KPanels_, int VPanels_>
 struct WideTile {
   static constexpr int kHeadDim = HeadDim_, kHeadDimV = HeadDimV_, kRows = 64, kKeys = 64;
   static constexpr int kPanels = HeadDim_ / 64, kPanelsV = HeadDimV_ / 64;
+  static constexpr int kDoutStages = HeadDim_ + HeadDimV_ > 384 ? 1 : 2;  // as shared memory allows
   static constexpr int kFirstK = KPanels_, kFirstV = VPanels_;
   static constexpr int kThreads = 512;
   static constexpr int kConsumerRegisters = 208, kDqRegisters = 72, kProducerRegisters = 24;

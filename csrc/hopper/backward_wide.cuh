@@ -19,9 +19,10 @@ struct __align__(1024) WideShared {
   uint16_t k[1][64 * Tile::kHeadDim];  // [panel][key][64], 128-byte swizzle; so are all below
   uint16_t v[64 * Tile::kHeadDimV];
   uint16_t q[2][64 * Tile::kHeadDim];  // [stage][panel][query][64]
-  uint16_t dout[2][64 * Tile::kHeadDimV];
+  uint16_t dout[Tile::kDoutStages][64 * Tile::kHeadDimV];
   uint16_t p[2][64 * 64];  // [stage][query][key]
   uint16_t ds[2][64 * 64];
+  float dq[2][2][64 * 32];  // [buffer][32 columns of d][query][32]
   Statistics<64, 64> statistics[2];
   Step steps[kStepRing];
   Walk walk;
@@ -43,8 +44,10 @@ template <class T, class Tile, bool Softcap, bool Deterministic>
 __global__ void __launch_bounds__(Tile::kThreads, 1)
     backward_wide(const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap k_map,
                   const __grid_constant__ CUtensorMap v_map, const __grid_constant__ CUtensorMap dout_map,
-                  const __grid_constant__ CUtensorMap dq_map, const __grid_constant__ BackwardParams p) {
+                  const __grid_constant__ CUtensorMap dq_map, const __grid_constant__ CUtensorMap dk_map,
+                  const __grid_constant__ CUtensorMap dv_map, const __grid_constant__ BackwardParams p) {
   using Shared = WideShared<Tile>;
+  constexpr int kDoutStages = Tile::kDoutStages;
   constexpr int kPanels = Tile::kPanels, kPanelsV = Tile::kPanelsV;
   constexpr uint32_t kPanel = 64 * 128 / 16;  // in descriptor units, as are all strides of descriptors
   constexpr uint32_t kStage = kPanel * kPanels, kStageV = kPanel * kPanelsV;
@@ -59,11 +62,10 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       ptx::mbarrier_init(&s.q_free[i], 8), ptx::mbarrier_init(&s.dout_free[i], 8);
       ptx::mbarrier_init(&s.p_full[i], 4), ptx::mbarrier_init(&s.p_free[i], 4);
       ptx::mbarrier_init(&s.ds_full[i], 4), ptx::mbarrier_init(&s.ds_free[i], 8);
-      ptx::mbarrier_init(&s.turn.mine[i], 1), ptx::mbarrier_init(&s.turn.added[i], 4),
+      ptx::mbarrier_init(&s.turn.mine[i], 1), ptx::mbarrier_init(&s.turn.added[i], 1),
           ptx::mbarrier_init(&s.turn.passed_on[i], 1);
     }
     for (int i = 0; i < kStepRing; i++) ptx::mbarrier_init(&s.step_told[i], 1);
-    ptx::mbarrier_init(&s.walk.ends_soon, 1), ptx::mbarrier_init(&s.walk.noted, 1);
     ptx::mbarrier_init_fence();
   }
   __syncthreads();
@@ -88,72 +90,17 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   if (warpgroup == 0) {
     ptx::registers_lower<Tile::kProducerRegisters>();
     if (thread == 0) {
-      produce_tiles<!Deterministic, 64, 64, kPanels, kPanelsV>(p, s, &q_map, &k_map, &v_map, &dout_map);
+      produce_tiles<64, 64, kPanels, kPanelsV>(p, s, &q_map, &k_map, &v_map, &dout_map);
     } else if (thread / 32 == 2) {
       produce_statistics<64, 64>(p, s, lane);
-    } else if (thread / 32 == 1) {
-      if (!Deterministic)
-        prefetch_gradients<64>(p, s, lane);
-      else if (lane == 0)
-        await_turns<64, 64>(p, s);
+    } else if (Deterministic && thread == 32) {
+      await_turns<64, 64>(p, s);
     } else if (Deterministic && thread == 96) {
       pass_turns_on<64>(p, s);
     }
   } else if (warpgroup == 3) {
     ptx::registers_lower<Tile::kDqRegisters>();
-    using Product = ptx::Wgmma<32, T, false, true>;
-    const uint32_t ds_low = ptx::descriptor_low(ptx::shared_address(s.ds)), k_low = ptx::descriptor_low(ptx::shared_address(s.k));
-    int items = 0, i = 0;
-    const auto added = [&](int step) {  // by all threads, some time after their additions
-      __threadfence();
-      __syncwarp();
-      if (lane == 0) ptx::mbarrier_arrive(&s.turn.added[step & 1]);
-    };
-#pragma unroll 1
-    for (;; i++) {
-      const Step& step = s.steps[i % kStepRing];
-      ptx::mbarrier_wait(&s.step_told[i % kStepRing], (i / kStepRing) & 1);
-      const int flags = step.flags;
-      if (flags & kStop) break;
-      const int row = step.first_row + first_of_lane() + (lane & 1) * 8;
-      float* to = p.dq + step.batch * p.dq_batch_stride + row * p.dq_seq_stride + step.head * p.dq_head_stride + (lane & 2) * 2;
-      if (flags & kFirst) ptx::mbarrier_wait(s.k_full, items++ & 1);
-      const int stage = i & 1;
-      ptx::mbarrier_wait(&s.ds_full[stage], (i >> 1) & 1);
-      const uint32_t left = ds_low + stage * kPanel;
-      const auto issue = [&](float (&x)[16], int part) {  // 32 columns
-        const uint32_t right = k_low + (part / 2) * kPanel + (part % 2) * 4;
-        ptx::wgmma_fence();
-        Product::ss_first(x, ptx::descriptor(left), ptx::descriptor(right));
-#pragma unroll
-        for (int k = 1; k < 4; k++) Product::ss(x, ptx::descriptor(left + k * 2), ptx::descriptor(right + k * 128));
-        ptx::wgmma_commit();
-      };
-      // The product of one part runs while the part before is added: both take about as long.
-      float even[16], odd[16];
-      issue(even, 0);
-      if (Deterministic) {
-        if (i > 0) added(i - 1);
-        ptx::mbarrier_wait(&s.turn.mine[stage], (i >> 1) & 1);
-      }
-#pragma unroll  // a product in flight may not cross a loop's back edge
-      for (int part = 0; part < 2 * kPanels; part += 2) {
-        ptx::wgmma_wait<0>();
-        ptx::pin(even);
-        issue(odd, part + 1);
-        add_rows(to + part * 32, even, lane, row < p.q_len, p.head_dim - part * 32);
-        ptx::wgmma_wait<0>();
-        ptx::pin(odd);
-        if (part + 2 < 2 * kPanels) {
-          issue(even, part + 2);
-        } else if (lane == 0) {
-          ptx::mbarrier_arrive(&s.ds_free[stage]);
-          if (flags & kLast) ptx::mbarrier_arrive(s.k_free);
-        }
-        add_rows(to + part * 32 + 32, odd, lane, row < p.q_len, p.head_dim - part * 32 - 32);
-      }
-    }
-    if (Deterministic && i > 0) added(i - 1);
+    make_dq<T, 64, 64, kPanels, Deterministic>(p, s, &dq_map, thread);
   } else if (warpgroup == 1) {
     ptx::registers_raise<Tile::kConsumerRegisters>();
     constexpr int kN = Tile::kFirstK * 64, kNV = Tile::kFirstV * 64;
@@ -202,7 +149,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         if (Softcap) cap_scores(x, p);
         if (bands) {
           const int key = first_of_lane();
-          mask_scores(x, rows.seen_by[key], rows.seen_by[key + 8], c0);
+          mask_scores(x, rows.seen(key), rows.seen(key + 8), c0);
         }
         exponentiate<Softcap>(x, rows.negative_lse + c0, p.scale_log2);
         ptx::pin(x);
@@ -217,11 +164,11 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         ptx::mbarrier_wait(&s.p_free[stage], phase ^ 1);
         store(p_store + stage * (64 * 128), a);
         if (lane == 0) ptx::mbarrier_arrive(&s.p_full[stage]);
-        ptx::mbarrier_wait(&s.dout_full[stage], phase);
+        ptx::mbarrier_wait(&s.dout_full[i % kDoutStages], (i / kDoutStages) & 1);
         ptx::wgmma_fence();
 #pragma unroll
         for (int k = 0; k < 4; k++)
-          ptx::Wgmma<kNV, T, false, true>::rs(dv, a + 4 * k, ptx::descriptor(dout_low + stage * kStageV + k * 128));
+          ptx::Wgmma<kNV, T, false, true>::rs(dv, a + 4 * k, ptx::descriptor(dout_low + i % kDoutStages * kStageV + k * 128));
         ptx::wgmma_commit();
         // The last step repeats its own S, which nobody reads: a conditional product would cost a second code path.
         const bool last = flags & kLast;
@@ -234,6 +181,9 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         }
         ptx::wgmma_fence();
         issue_scores(next);
+        ptx::wgmma_wait<1>();  // dV
+        ptx::pin(a);
+        if (lane == 0) ptx::mbarrier_arrive(&s.dout_free[i % kDoutStages]);
         ptx::mbarrier_wait(&s.ds_full[stage], phase);
         ptx::wgmma_fence();
 #pragma unroll
@@ -241,10 +191,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
           ptx::Wgmma<kN, T, true, true>::ss(dk, ptx::descriptor(ds_low + stage * kPanel + k * 128),
                                             ptx::descriptor(q_low + stage * kStage + k * 128));
         ptx::wgmma_commit();
-        ptx::wgmma_wait<1>();  // dV, S of the next step
+        ptx::wgmma_wait<1>();  // S of the next step
         ptx::pin(x);
-        ptx::pin(a);
-        if (lane == 0) ptx::mbarrier_arrive(&s.dout_free[stage]);
         i++;
         if (last) break;
       }
@@ -293,9 +241,9 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       if (flags & kStop) break;
       const int first_key = s.steps[first].first_key, kv_head = s.steps[first].kv_head, batch = s.steps[first].batch;
       ptx::mbarrier_wait(&s.v_full, items & 1);
-      ptx::mbarrier_wait(&s.dout_full[i & 1], (i >> 1) & 1);
+      ptx::mbarrier_wait(&s.dout_full[i % kDoutStages], (i / kDoutStages) & 1);
       ptx::wgmma_fence();
-      issue_scores(i & 1);
+      issue_scores(i % kDoutStages);
 #pragma unroll
       for (int n = 0; n < kN / 2; n++) dk[n] = 0.f;
 #pragma unroll
@@ -311,34 +259,35 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
 #pragma unroll
         for (int k = 0; k < 4; k++)
           ldmatrix_x4_trans(*reinterpret_cast<uint32_t (*)[4]>(a + 4 * k), p_load + stage * (64 * 128) + exchange + k * 16 * 128);
-        score_gradients<T, Softcap>(a, x, rows.negative_delta + c0, rows.negative_lse + c0, p);
+        subtract_delta(x, rows.negative_delta + c0, p.scale);
+        score_gradients<T, Softcap>(a, x, rows.negative_lse + c0, p);
         ptx::mbarrier_wait(&s.ds_free[stage], phase ^ 1);
         store(ds_store + stage * (64 * 128), a);
         if (lane == 0) ptx::mbarrier_arrive(&s.ds_full[stage]);
         ptx::wgmma_fence();
 #pragma unroll
         for (int k = 0; k < 4; k++)
-          ptx::Wgmma<kN, T, false, true>::rs(dk, a + 4 * k, ptx::descriptor(q_low + stage * kStage + k * 128));
+          ptx::Wgmma<kNV, T, true, true>::ss(
+              dv, ptx::descriptor(p_low + stage * kPanel + k * 128),
+              ptx::descriptor(dout_low + Tile::kFirstV * kPanel + i % kDoutStages * kStageV + k * 128));
+        ptx::wgmma_commit();
 #pragma unroll
         for (int k = 0; k < 4; k++)
-          ptx::Wgmma<kNV, T, true, true>::ss(dv, ptx::descriptor(p_low + stage * kPanel + k * 128),
-                                             ptx::descriptor(dout_low + Tile::kFirstV * kPanel + stage * kStageV + k * 128));
+          ptx::Wgmma<kN, T, false, true>::rs(dk, a + 4 * k, ptx::descriptor(q_low + stage * kStage + k * 128));
         ptx::wgmma_commit();
+        ptx::wgmma_wait<1>();  // dV
         const bool last = flags & kLast;
-        int next = stage;
-        if (!last) {
-          next = stage ^ 1;
-          ptx::mbarrier_wait(&s.dout_full[next], ((i + 1) >> 1) & 1);
-        }
-        ptx::wgmma_fence();
-        issue_scores(next);
-        ptx::wgmma_wait<1>();  // dK, dV
-        ptx::pin(a);
         if (lane == 0) {
           ptx::mbarrier_arrive(&s.p_free[stage]);
-          ptx::mbarrier_arrive(&s.q_free[stage]);
-          if (!last) ptx::mbarrier_arrive(&s.dout_free[stage]);
+          if (!last) ptx::mbarrier_arrive(&s.dout_free[i % kDoutStages]);
         }
+        const int next = last ? i : i + 1;  // the last step repeats its own dP
+        if (!last) ptx::mbarrier_wait(&s.dout_full[next % kDoutStages], (next / kDoutStages) & 1);
+        ptx::wgmma_fence();
+        issue_scores(next % kDoutStages);
+        ptx::wgmma_wait<1>();  // dK
+        ptx::pin(a);
+        if (lane == 0) ptx::mbarrier_arrive(&s.q_free[stage]);
         ptx::wgmma_wait<0>();  // dP of the next step
         ptx::pin(x);
         i++;
@@ -348,7 +297,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       ptx::pin(dk);
       ptx::pin(dv);
       if (lane == 0) {
-        ptx::mbarrier_arrive(&s.dout_free[(i - 1) & 1]);
+        ptx::mbarrier_arrive(&s.dout_free[(i - 1) % kDoutStages]);
         ptx::mbarrier_arrive(&s.v_free);
       }
       items++;
