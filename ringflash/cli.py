@@ -188,13 +188,13 @@ def _plan(options: argparse.Namespace) -> int:
 def _explained(
     plan: Plan, forecast: Forecast, options: argparse.Namespace, world: SimulatedWorld, tables: Tables, seqlen: int
 ) -> str:
-    from ringflash.parallel.context import SHORT_CHUNK
+    from ringflash.parallel.context import STAGE_TOKENS
     from ringflash.parallel.cost import explain
 
     chosen = ""
     if options.schedule == "auto":
-        here = seqlen // world.world
-        chosen = f"{here:,} tokens a rank {'are fewer than' if here < SHORT_CHUNK else 'reach'} {SHORT_CHUNK:,}"
+        here = seqlen * world.ulysses // world.world
+        chosen = f"stages of about {STAGE_TOKENS:,} remote tokens, {here:,} a chunk"
     return explain(plan, forecast, chosen=chosen, source=tables.source)
 
 
