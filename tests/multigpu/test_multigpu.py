@@ -1,0 +1,167 @@
+"""Several GPUs: every schedule, transport and mask over NCCL (and symmetric memory), against the float64 oracle on the CPU.
+
+Ranks are processes of a pool, one GPU each; no torchrun.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from datetime import timedelta
+
+import pytest
+import torch
+from torch.distributed.distributed_c10d import _get_default_store
+
+from ringflash import ContextParallel, Mask, attention
+from ringflash.testing import Case, RankPool, draw, objections_on_ranks
+
+GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+pytestmark = [pytest.mark.multigpu, pytest.mark.skipif(GPUS < 2, reason="needs at least two GPUs")]
+
+WORLDS = [n for n in (2, 4, 8) if n <= GPUS] or [2]
+BACKEND = "cpu:gloo,cuda:nccl"
+
+Pools = Callable[[int], RankPool]
+
+
+@pytest.fixture(scope="module")
+def gpus() -> Iterator[Pools]:
+    """``gpus(world)``: a pool of that many ranks with a GPU each. Only the last world asked for holds its GPUs."""
+    pools: dict[int, RankPool] = {}
+
+    def get(world: int) -> RankPool:
+        if world not in pools:
+            for pool in pools.values():
+                pool.close()
+            pools.clear()
+            pools[world] = RankPool(world, backend=BACKEND)
+        return pools[world]
+
+    yield get
+    for pool in pools.values():
+        pool.close()
+
+
+MASKS = (
+    "full()",
+    "causal()",
+    "causal(window=257)",
+    "window(200, 90)",
+    "documents([0, 300, 1, 700, 23])",
+    "prefix(300)",
+    "chunked(300)",
+    "dilated(3)",
+    'blocks(["10000000", "11000000", "01100000", "00110000", "10011000", "10001100", "10000110", "10000011"], 128)',
+)
+
+SCHEDULES = (
+    {"schedule": "ring"},
+    {"schedule": "allgather"},
+    {"schedule": "staged:2"},
+    {"schedule": "ulysses"},
+    {"schedule": "double_ring", "inner": 2},
+    {"schedule": "hybrid", "ulysses": 2},
+)
+
+
+def gpu_case(world: int, **changes: object) -> Case:
+    """Sizes that a GPU kernel takes: 1,024 tokens, GQA, head_dim 64, bfloat16."""
+    case = Case(
+        world=world, q_len=1024, k_len=1024, heads=8, kv_heads=2, head_dim=64, head_dim_v=64, dtype="bfloat16", dlse=False
+    )
+    return replace(case, **changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: s["schedule"])
+@pytest.mark.parametrize("world", WORLDS)
+def test_every_schedule_computes_every_mask(gpus: Pools, world: int, schedule: dict[str, object]) -> None:
+    if schedule["schedule"] == "hybrid" and world == 2:
+        schedule = {"schedule": "ulysses"}  # two ranks have no proper part
+    cases = [gpu_case(world, mask=mask, **schedule) for mask in MASKS]
+    wrong = objections_on_ranks(gpus(world), cases, device="cuda")
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("transport", ["auto", "p2p", "alltoall", "allgather"])
+@pytest.mark.parametrize("world", WORLDS)
+def test_every_transport(gpus: Pools, world: int, transport: str) -> None:
+    cases = [
+        gpu_case(world, mask=mask, schedule="allgather", transport=transport, layout=layout, dlse=True, sinks=True)
+        for mask in ("causal()", "documents([0, 300, 1, 700, 23])")
+        for layout in ("zigzag", "contiguous", "striped")
+    ]
+    wrong = objections_on_ranks(gpus(world), cases, device="cuda")
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_drawn(gpus: Pools, world: int) -> None:
+    """Small cases with every option drawn; float64 among them, so the way things travel is held to 1e-12."""
+    cases = [draw(seed, worlds=(world,)) for seed in range(200_000 + world * 100, 200_000 + world * 100 + 60)]
+    wrong = objections_on_ranks(gpus(world), cases, device="cuda")
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_head_dims(gpus: Pools, head_dim: int, dtype: str) -> None:
+    cases = [
+        replace(gpu_case(WORLDS[0], mask=mask, head_dim=head_dim, head_dim_v=head_dim, softcap=softcap), dtype=dtype)
+        for mask in ("causal()", "causal(window=257)")
+        for softcap in (0.0, 10.0)
+    ]
+    wrong = objections_on_ranks(gpus(WORLDS[0]), cases, device="cuda")
+    assert not wrong, "\n".join(wrong)
+
+
+def repeat(rank: int, transport: str) -> bool:
+    """Whether a deterministic pass gives the same bits every time."""
+    cp = ContextParallel(transport=transport)
+    q, k, v = (cp.shard(torch.randn(1, 2048, 8, 64, device="cuda", dtype=torch.bfloat16)).requires_grad_() for _ in range(3))
+    dout = torch.randn_like(q)
+    runs = []
+    for _ in range(5):
+        out = attention(q, k, v, mask=Mask.causal(), cp=cp, deterministic=True)
+        runs.append((out, *torch.autograd.grad(out, (q, k, v), dout)))
+    return all(torch.equal(a, b) for run in runs[1:] for a, b in zip(run, runs[0], strict=True))
+
+
+@pytest.mark.parametrize("transport", ["auto", "p2p"])
+def test_deterministic_means_the_same_bits(gpus: Pools, transport: str) -> None:
+    assert all(gpus(WORLDS[-1]).run(repeat, transport))
+
+
+TIMEOUT_S = 5.0
+
+
+def stall(rank: int) -> str:
+    """The error of a rank whose peer sleeps; rank 1 sleeps until the others have given up."""
+    cp = ContextParallel(transport="p2p", timeout_s=TIMEOUT_S)
+    q, k, v = (cp.shard(torch.randn(1, 512, 4, 64, device="cuda", dtype=torch.bfloat16)) for _ in range(3))
+    attention(q, k, v, cp=cp)
+    torch.cuda.synchronize()
+    if rank == 1:
+        _get_default_store().wait(["rank 0 gave up"], timedelta(seconds=45))
+        return "slept"
+    try:
+        for _ in range(1000):
+            attention(q, k, v, cp=cp)
+            torch.cuda.synchronize()
+    except Exception as error:
+        _get_default_store().set(f"rank {rank} gave up", "")
+        return str(error)
+    return "no error"
+
+
+def test_a_stalled_gpu_rank_ends_in_an_error_and_not_in_a_hang() -> None:
+    """In the error of the call or, where the driver lets no thread go on, in the end of the process."""
+    with RankPool(2, backend=BACKEND) as pool:
+        outcomes = pool.outcomes(stall, timeout_s=50.0)
+        pool.kill()
+    if outcomes[0].error is None:
+        assert re.match(r"rank 0, .*step .*: .*rank 1\b", outcomes[0].value), outcomes[0].value
+    else:
+        assert "exit code 70" in outcomes[0].error, outcomes[0].error
