@@ -3,6 +3,7 @@
 // so the warps that compute never meet a Slice.
 #pragma once
 #include <cstdint>
+
 #include "ptx.cuh"
 
 namespace ringflash {

@@ -3,16 +3,15 @@
 // Every wrapper is one instruction (or one loop around one). No state, no policy, no template library: the kernels above
 // this file read like their mathematics, and this file reads like the PTX manual.
 #pragma once
-#include <cstdint>
 #include <cuda.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <cstdint>
+
 namespace ringflash::ptx {
 
-__device__ __forceinline__ uint32_t shared_address(const void* p) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
+__device__ __forceinline__ uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
 // ------------------------------------------------------------------------------------------------ mbarriers
 // An mbarrier completes a phase when `arrivals` threads arrived and every announced byte came. Waiters name the parity of
@@ -22,9 +21,7 @@ __device__ __forceinline__ void mbarrier_init(uint64_t* barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
 }
 /// After the last mbarrier_init, before the __syncthreads that publishes them.
-__device__ __forceinline__ void mbarrier_init_fence() {
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-}
+__device__ __forceinline__ void mbarrier_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 __device__ __forceinline__ void mbarrier_arrive(uint64_t* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
@@ -34,11 +31,10 @@ __device__ __forceinline__ void mbarrier_arrive_expect(uint64_t* barrier, uint32
 }
 __device__ __forceinline__ bool mbarrier_try_wait(uint64_t* barrier, uint32_t parity) {
   uint32_t done;
-  asm volatile(
-      "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
-      : "=r"(done)
-      : "r"(shared_address(barrier)), "r"(parity)
-      : "memory");
+  asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+               : "=r"(done)
+               : "r"(shared_address(barrier)), "r"(parity)
+               : "memory");
   return done != 0;
 }
 __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
@@ -71,7 +67,8 @@ __device__ __forceinline__ void barrier_arrive() {
 /// Ordinary shared-memory stores before this become visible to wgmma and bulk copies; by each writing thread, before the barrier.
 __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-/// The budgets of all warpgroups must fit what the launch allocated: with 384 threads 3 x 168 = 504, with 512 threads 4 x 128 = 512.
+/// The budgets of all warpgroups must fit what the launch allocated: with 384 threads 3 x 168 = 504, with 512 threads 4 x 128 =
+/// 512.
 template <int Registers>
 __device__ __forceinline__ void registers_raise() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Registers));
@@ -105,6 +102,12 @@ __device__ __forceinline__ void tensor_store(const CUtensorMap* map, const void*
                "r"(shared_address(source)), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
                : "memory");
 }
+/// Brings a box into L2.
+__device__ __forceinline__ void tensor_prefetch(const CUtensorMap* map, int c0, int c1, int c2, int c3) {
+  asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global.tile [%0, {%1, %2, %3, %4}];" ::"l"(map), "r"(c0), "r"(c1), "r"(c2),
+               "r"(c3)
+               : "memory");
+}
 /// Adds a box element by element to global memory. The order between CTAs is not determined.
 __device__ __forceinline__ void tensor_reduce_add(const CUtensorMap* map, const void* source, int c0, int c1, int c2, int c3) {
   asm volatile("cp.reduce.async.bulk.tensor.4d.global.shared::cta.add.tile.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(map),
@@ -134,9 +137,7 @@ template <int Pending>
 __device__ __forceinline__ void bulk_wait() {
   asm volatile("cp.async.bulk.wait_group %0;" ::"n"(Pending) : "memory");
 }
-__device__ __forceinline__ void prefetch_l2(const void* address) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
-}
+__device__ __forceinline__ void prefetch_l2(const void* address) { asm volatile("prefetch.global.L2 [%0];" ::"l"(address)); }
 /// Float32 addition in global memory, 16 bytes at once (16-byte aligned).
 __device__ __forceinline__ void reduce_add_v4(float* address, float a, float b, float c, float d) {
   asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(address), "f"(a), "f"(b), "f"(c), "f"(d) : "memory");
@@ -224,9 +225,9 @@ __device__ __forceinline__ void pin(uint32_t (&x)[N]) {
 
 /// Low word of the descriptor of an operand tile in shared memory: [panel][row][64 elements of 2 bytes], each row of a panel
 /// 128 bytes, 16-byte chunks swizzled by chunk ^= row % 8, panels aligned to 1024 bytes.
-/// K-major (the product sums along the 128-byte rows): the next 16 of K is + 2, the next panel + rows * 8; `panel_bytes` is ignored.
-/// MN-major ("transposed", the product sums over rows): panel_bytes = rows * 128 is the step to the next 64 columns, the next
-/// 16 rows are + 128.
+/// K-major (the product sums along the 128-byte rows): the next 16 of K is + 2, the next panel + rows * 8; `panel_bytes` is
+/// ignored. MN-major ("transposed", the product sums over rows): panel_bytes = rows * 128 is the step to the next 64 columns, the
+/// next 16 rows are + 128.
 __device__ __forceinline__ uint32_t descriptor_low(uint32_t shared_address, uint32_t panel_bytes = 16) {
   return (shared_address >> 4) | ((panel_bytes >> 4) << 16);
 }
@@ -267,34 +268,35 @@ struct Wgmma;
 #define RF_L80 RF_L72 ",%72,%73,%74,%75,%76,%77,%78,%79"
 #define RF_L88 RF_L80 ",%80,%81,%82,%83,%84,%85,%86,%87"
 #define RF_L96 RF_L88 ",%88,%89,%90,%91,%92,%93,%94,%95"
-#define RF_L128                                                                        \
-  RF_L96 ",%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111" \
-         ",%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
+#define RF_L128                                                                  \
+  RF_L96                                                                         \
+  ",%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111" \
+  ",%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
 
 // i0 .. i5: the numbers of the six operands after the R = N / 2 accumulators (at most four of A, one or two descriptors, flags).
 #define RF_SS(NAME, N, R, TYPE, C, COMPARE, i0, i1, i2, i3)                                                              \
-  static __device__ __forceinline__ void NAME(float(&d)[R], uint64_t a, uint64_t b) {                                    \
+  static __device__ __forceinline__ void NAME(float (&d)[R], uint64_t a, uint64_t b) {                                   \
     asm volatile("{\n.reg .pred p;\nsetp." COMPARE ".b32 p, 0, 0;\nwgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE \
                  "." TYPE " {" RF_L##R "}, %" #i0 ", %" #i1 ", p, 1, 1, %" #i2 ", %" #i3 ";\n}"                          \
                  : RF_D##R(C)                                                                                            \
                  : "l"(a), "l"(b), "n"(TransA), "n"(TransB));                                                            \
   }
 #define RF_RS(NAME, N, R, TYPE, C, COMPARE, i0, i1, i2, i3, i4, i5)                                                      \
-  static __device__ __forceinline__ void NAME(float(&d)[R], const uint32_t* a, uint64_t b) {                             \
+  static __device__ __forceinline__ void NAME(float (&d)[R], const uint32_t* a, uint64_t b) {                            \
     asm volatile("{\n.reg .pred p;\nsetp." COMPARE ".b32 p, 0, 0;\nwgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE \
-                 "." TYPE " {" RF_L##R "}, {%" #i0 ", %" #i1 ", %" #i2 ", %" #i3 "}, %" #i4 ", p, 1, 1, %" #i5 ";\n}"     \
+                 "." TYPE " {" RF_L##R "}, {%" #i0 ", %" #i1 ", %" #i2 ", %" #i3 "}, %" #i4 ", p, 1, 1, %" #i5 ";\n}"    \
                  : RF_D##R(C)                                                                                            \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(TransB));                                     \
   }
-#define RF_WGMMA(N, R, CPP, TYPE, i0, i1, i2, i3, i4, i5)                    \
-  template <bool TransA, bool TransB>                                        \
-  struct Wgmma<N, CPP, TransA, TransB> {                                     \
-    RF_SS(ss_first, N, R, TYPE, RF_OUT, "ne", i0, i1, i2, i3)                \
-    RF_SS(ss, N, R, TYPE, RF_INOUT, "eq", i0, i1, i2, i3)                    \
-    RF_RS(rs_first, N, R, TYPE, RF_OUT, "ne", i0, i1, i2, i3, i4, i5)        \
-    RF_RS(rs, N, R, TYPE, RF_INOUT, "eq", i0, i1, i2, i3, i4, i5)            \
+#define RF_WGMMA(N, R, CPP, TYPE, i0, i1, i2, i3, i4, i5)             \
+  template <bool TransA, bool TransB>                                 \
+  struct Wgmma<N, CPP, TransA, TransB> {                              \
+    RF_SS(ss_first, N, R, TYPE, RF_OUT, "ne", i0, i1, i2, i3)         \
+    RF_SS(ss, N, R, TYPE, RF_INOUT, "eq", i0, i1, i2, i3)             \
+    RF_RS(rs_first, N, R, TYPE, RF_OUT, "ne", i0, i1, i2, i3, i4, i5) \
+    RF_RS(rs, N, R, TYPE, RF_INOUT, "eq", i0, i1, i2, i3, i4, i5)     \
   };
-#define RF_WGMMA_BOTH(N, R, ...)                      \
+#define RF_WGMMA_BOTH(N, R, ...)                     \
   RF_WGMMA(N, R, __nv_bfloat16, "bf16", __VA_ARGS__) \
   RF_WGMMA(N, R, __half, "f16", __VA_ARGS__)
 RF_WGMMA_BOTH(32, 16, 16, 17, 18, 19, 20, 21)
@@ -309,6 +311,59 @@ RF_WGMMA_BOTH(160, 80, 80, 81, 82, 83, 84, 85)
 RF_WGMMA_BOTH(176, 88, 88, 89, 90, 91, 92, 93)
 RF_WGMMA_BOTH(192, 96, 96, 97, 98, 99, 100, 101)
 RF_WGMMA_BOTH(256, 128, 128, 129, 130, 131, 132, 133)
+
+// --------------------------------------------------------------------------------- rows of an accumulator
+
+/// Multiplies this lane's upper row of an accumulator by `upper` and its lower row by `lower`, unless both are 1 in the whole
+/// warp. In PTX for the sake of bra.uni: with a branch that ptxas does not know to be uniform, every descriptor of the
+/// surrounding loop leaves the uniform registers (50 instructions more in the forward's step).
+template <int N>
+__device__ __forceinline__ void scale_rows_unless_one(float (&d)[N], float upper, float lower);
+#define RF_MUL4(a, b, c, e)                                 \
+  "mul.f32 %" #a ", %" #a ", upper;\nmul.f32 %" #b ", %" #b \
+  ", upper;\n"                                              \
+  "mul.f32 %" #c ", %" #c ", lower;\nmul.f32 %" #e ", %" #e ", lower;\n"
+#define RF_MUL32        \
+  RF_MUL4(0, 1, 2, 3)   \
+  RF_MUL4(4, 5, 6, 7)   \
+  RF_MUL4(8, 9, 10, 11) \
+  RF_MUL4(12, 13, 14, 15) RF_MUL4(16, 17, 18, 19) RF_MUL4(20, 21, 22, 23) RF_MUL4(24, 25, 26, 27) RF_MUL4(28, 29, 30, 31)
+#define RF_MUL48 \
+  RF_MUL32       \
+  RF_MUL4(32, 33, 34, 35) RF_MUL4(36, 37, 38, 39) RF_MUL4(40, 41, 42, 43) RF_MUL4(44, 45, 46, 47)
+#define RF_MUL64 \
+  RF_MUL48       \
+  RF_MUL4(48, 49, 50, 51) RF_MUL4(52, 53, 54, 55) RF_MUL4(56, 57, 58, 59) RF_MUL4(60, 61, 62, 63)
+#define RF_MUL96          \
+  RF_MUL64                \
+  RF_MUL4(64, 65, 66, 67) \
+  RF_MUL4(68, 69, 70, 71) \
+  RF_MUL4(72, 73, 74, 75) \
+  RF_MUL4(76, 77, 78, 79) RF_MUL4(80, 81, 82, 83) RF_MUL4(84, 85, 86, 87) RF_MUL4(88, 89, 90, 91) RF_MUL4(92, 93, 94, 95)
+#define RF_MUL128                                                                                                 \
+  RF_MUL96                                                                                                        \
+  RF_MUL4(96, 97, 98, 99)                                                                                         \
+  RF_MUL4(100, 101, 102, 103)                                                                                     \
+  RF_MUL4(104, 105, 106, 107)                                                                                     \
+  RF_MUL4(108, 109, 110, 111) RF_MUL4(112, 113, 114, 115) RF_MUL4(116, 117, 118, 119) RF_MUL4(120, 121, 122, 123) \
+      RF_MUL4(124, 125, 126, 127)
+#define RF_SCALE_ROWS(N, i0, i1)                                                                                \
+  template <>                                                                                                   \
+  __device__ __forceinline__ void scale_rows_unless_one<N>(float (&d)[N], float upper, float lower) {           \
+    asm volatile("{\n.reg .pred p, q;\n.reg .f32 upper, lower;\nmov.f32 upper, %" #i0 ";\nmov.f32 lower, %" #i1 \
+                 ";\n"                                                                                          \
+                 "setp.neu.f32 p, upper, 0f3F800000;\nsetp.neu.or.f32 p, lower, 0f3F800000, p;\n"               \
+                 "vote.sync.any.pred q, p, 0xffffffff;\n@!q bra.uni SKIP;\n" RF_MUL##N "SKIP:\n}"               \
+                 : RF_D##N(RF_INOUT)                                                                            \
+                 : "f"(upper), "f"(lower));                                                                     \
+  }
+RF_SCALE_ROWS(32, 32, 33)
+RF_SCALE_ROWS(48, 48, 49)
+RF_SCALE_ROWS(64, 64, 65)
+RF_SCALE_ROWS(96, 96, 97)
+RF_SCALE_ROWS(128, 128, 129)
+#undef RF_MUL4
+#undef RF_SCALE_ROWS
 #undef RF_OUT
 #undef RF_INOUT
 #undef RF_SS

@@ -13,11 +13,8 @@ struct OnlineSoftmax {
   float max[2], sum[2];
   float decay[2];  // what the last update multiplied older terms by
 
-  __device__ __forceinline__ void start_empty() {
-    max[0] = max[1] = -INFINITY;
-    sum[0] = sum[1] = 0.f;
-  }
-  /// Continues from a running result: max = lse, sum = 1 and accumulator = out are the state that stands for it.
+  /// Starts from a running result: max = lse, sum = 1 and accumulator = out are the state that stands for it. From lse = -inf,
+  /// the state of an empty row.
   __device__ __forceinline__ void start_from(float lse_upper, float lse_lower, bool first_of_quad) {
     max[0] = lse_upper * kLog2e;
     max[1] = lse_lower * kLog2e;
@@ -66,10 +63,7 @@ struct OnlineSoftmax {
   /// Multiplies the accumulator by what update() found; skipped when no maximum of the warp moved (measured: 1-4 %).
   template <int N>
   __device__ __forceinline__ void rescale(float (&o)[N]) const {
-    if (__any_sync(~0u, decay[0] != 1.f || decay[1] != 1.f)) {
-#pragma unroll
-      for (int i = 0; i < N; i++) o[i] *= decay[(i >> 1) & 1];
-    }
+    ptx::scale_rows_unless_one(o, decay[0], decay[1]);
   }
   /// Adds up the quad. Afterwards inverse(r) normalises row r and lse(r) is its natural log-sum-exp.
   __device__ __forceinline__ void finish() {

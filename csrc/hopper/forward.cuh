@@ -1,10 +1,10 @@
 // Attention forward for sm_90a: the Slices of one step into a running (out, lse).
 //
-// One persistent CTA per multiprocessor; an item of work is one tile of rows of one head. Warpgroup 0 holds the producer, one warp:
-// it claims items (longest first), copies Q, K and V tiles into shared memory and, for a masked tile, writes each row's interval of
-// visible columns beside K. The other warpgroups own 64 rows each and never meet a Slice. Their step computes S(i) = Q K(i)^T beside
-// O += P(i-1) V(i-1), so that the tensor cores work while the exponentials of S(i) are formed (FlashAttention-3, section 3.2);
-// across the end of an item too: the next item's first S rides with this one's last PV.
+// One persistent CTA per multiprocessor; an item of work is one tile of rows of one head. Warpgroup 0 holds the producer, one
+// warp: it claims items (longest first), copies Q, K and V tiles into shared memory and, for a masked tile, writes each row's
+// interval of visible columns beside K. The other warpgroups own 64 rows each and never meet a Slice. Their step computes S(i) =
+// Q K(i)^T beside O += P(i-1) V(i-1), so that the tensor cores work while the exponentials of S(i) are formed (FlashAttention-3,
+// section 3.2); across the end of an item too: the next item's first S rides with this one's last PV.
 //
 // A running result (out, lse) is an online-softmax state (accumulator = out, max = lse, sum = 1). Continuing is loading it.
 #pragma once
@@ -36,7 +36,8 @@ struct ForwardParams {
   const int32_t *items, *runs, *extra;
   int32_t* counter;
   RfStrides out_strides, acc_strides, lse_in_strides, lse_strides;
-  int q_tiles, heads, heads_per_kv_head, batch_heads, heads_per_group, q_len, head_dim_v;
+  int q_tiles, q_len, head_dim_v;
+  uint32_t heads, heads_per_kv_head, batch_heads, heads_per_group, items_in_all;
   bool carry, finish;
   float scale_log2;       // scores are multiplied by this and exponentiated to base 2
   float two_log2e_scale;  // with softcap: 2 log2(e) scale / softcap
@@ -47,21 +48,25 @@ __device__ __forceinline__ int64_t offset(const RfStrides& strides, int b, int r
 }
 
 struct Item {
-  int q_tile, batch_head, tiles, masked;  // batch_head: head | batch << 16; q_tile < 0: no more work
+  int q_tile;           // negative: no more work
+  uint32_t batch_head;  // head | batch << 16
+  int tiles, masked;    // tiles of keys, how many of them (the first ones) are masked
 };
 
 template <class Tile>
 struct __align__(1024) ForwardShared {
+  static constexpr int kIntervals = 2;
   // 128-byte-swizzled panels of 64 columns: [panel][row][64]
   uint16_t q[Tile::kQStages][Tile::kPanels * Tile::kRows * 64];
   uint16_t k[Tile::kKStages][Tile::kPanels * Tile::kKeys * 64];
   uint16_t v[Tile::kVStages][Tile::kPanelsV * Tile::kKeys * 64];
   uint16_t out[Tile::kStagedStore ? Tile::kPanelsV * Tile::kRows * 64 : 8];
-  Interval intervals[Tile::kKStages][Tile::kRows];
+  Interval intervals[kIntervals][Tile::kRows];  // of masked tiles
   Item item[Tile::kQStages];
   uint64_t q_ready[Tile::kQStages], q_free[Tile::kQStages];
   uint64_t k_ready[Tile::kKStages], k_free[Tile::kKStages];
   uint64_t v_ready[Tile::kVStages], v_free[Tile::kVStages];
+  uint64_t intervals_ready[kIntervals], intervals_free[kIntervals];
 };
 
 /// A place in a ring of N stages and the parity of its current phase.
@@ -95,14 +100,14 @@ __device__ __forceinline__ void give_turn(int w) {
 
 template <class Tile>
 __device__ __forceinline__ void produce(ForwardShared<Tile>& s, const CUtensorMap* q_map, const CUtensorMap* k_map,
-                                        const CUtensorMap* v_map, const ForwardParams& p) {
+                                        const CUtensorMap* v_map, const CUtensorMap* acc_map, const ForwardParams& p) {
   using namespace record;
   constexpr int kRows = Tile::kRows, kKeys = Tile::kKeys;
   const int lane = threadIdx.x % 32;
-  const int total = p.q_tiles * p.batch_heads, per_group = p.q_tiles * p.heads_per_group;
   Ring<Tile::kQStages> q{0, 1};
   Ring<Tile::kKStages> k{0, 1};
   Ring<Tile::kVStages> v{0, 1};
+  Ring<ForwardShared<Tile>::kIntervals> masks{0, 1};
   if (lane == 0) {
     ptx::prefetch_tensor_map(q_map);
     ptx::prefetch_tensor_map(k_map);
@@ -111,18 +116,21 @@ __device__ __forceinline__ void produce(ForwardShared<Tile>& s, const CUtensorMa
   const auto word = [](int rec, int field) { return __shfl_sync(~0u, rec, field); };  // a record is one word per lane
 
   // Items in groups of heads whose K and V fit L2; in a group, all heads of the longest Q tile first.
-  int index = blockIdx.x, batch_head = 0, rec = 0;
+  uint32_t index = blockIdx.x, batch_head = 0;  // unsigned: their divisions take a third of the instructions
+  int rec = 0;
   const auto fetch = [&] {
-    if (index >= total) return;
-    const int group = index / per_group, rest = index - group * per_group;
-    const int heads = min(p.heads_per_group, p.batch_heads - group * p.heads_per_group), place = rest / heads;
+    if (index >= p.items_in_all) return;
+    const uint32_t per_group = p.q_tiles * p.heads_per_group, group = index / per_group, rest = index - group * per_group;
+    const uint32_t heads = min(p.heads_per_group, p.batch_heads - group * p.heads_per_group), place = rest / heads;
     batch_head = group * p.heads_per_group + rest - place * heads;
     rec = lane < kWords ? __ldg(p.items + place * kWords + lane) : 0;
   };
   fetch();
-  while (index < total) {
-    const int b = batch_head / p.heads, h = batch_head - b * p.heads, kv_head = h / p.heads_per_kv_head;
-    const int q_tile = word(rec, kQTile), tiles = word(rec, kTiles), run_end = word(rec, kRunEnd), masked = word(rec, kMaskedTiles);
+  while (index < p.items_in_all) {
+    const uint32_t b = batch_head / p.heads, h = batch_head - b * p.heads;
+    const uint32_t kv_place = h / p.heads_per_kv_head | b << 16;
+    const int q_tile = word(rec, kQTile), tiles = word(rec, kTiles), run_end = word(rec, kRunEnd),
+              masked = word(rec, kMaskedTiles);
     ptx::mbarrier_wait(&s.q_free[q.at], q.parity);
     if (lane == 0) {
       s.item[q.at] = {q_tile, h | (b << 16), tiles, masked};
@@ -130,16 +138,10 @@ __device__ __forceinline__ void produce(ForwardShared<Tile>& s, const CUtensorMa
 #pragma unroll
       for (int c = 0; c < Tile::kPanels; c++)
         ptx::tensor_load(s.q[q.at] + c * kRows * 64, q_map, &s.q_ready[q.at], c * 64, q_tile * kRows, h, b, ptx::kEvictFirst);
+      if (p.carry)  // the running output on its way to L2
+        for (int c = 0; c < p.head_dim_v; c += 32) ptx::tensor_prefetch(acc_map, c, q_tile * kRows, h, b);
     }
     q.advance();
-    if (p.carry) {  // the running output on its way to L2
-      const int lines = (p.head_dim_v + 31) / 32;
-      for (int e = lane; e < kRows * lines; e += 32) {
-        const int i = q_tile * kRows + e / lines;
-        if (i < p.q_len)
-          ptx::prefetch_l2(p.acc + offset(p.acc_strides, b, i, h) + (e % lines) * 32);
-      }
-    }
     // The next item is claimed as late as its latency allows: longest first balances only what is not claimed yet (claiming at
     // the start of an item cost 4-5 % at 16k causal).
     int run = rec, left = tiles, next = 0;
@@ -168,16 +170,17 @@ __device__ __forceinline__ void produce(ForwardShared<Tile>& s, const CUtensorMa
           ptx::mbarrier_arrive_expect(&s.k_ready[k.at], sizeof(s.k[0]));
 #pragma unroll
           for (int c = 0; c < Tile::kPanels; c++)
-            ptx::tensor_load(s.k[k.at] + c * kKeys * 64, k_map, &s.k_ready[k.at], c * 64, tile * kKeys, kv_head, b,
-                             ptx::kEvictLast);
+            ptx::tensor_load(s.k[k.at] + c * kKeys * 64, k_map, &s.k_ready[k.at], c * 64, tile * kKeys, kv_place & 0xffff,
+                             kv_place >> 16, ptx::kEvictLast);
         }
         if (extra_begin >= 0) {  // masked: this lane's rows' intervals
+          ptx::mbarrier_wait(&s.intervals_free[masks.at], masks.parity);
           const int q0 = word(run, kBand), q1 = word(run, kBand + 1), k0 = word(run, kBand + 2), k1 = word(run, kBand + 3),
                     lo = word(run, kBand + 4), hi = word(run, kBand + 5);
-#pragma unroll
+#pragma unroll 1
           for (int e = 0; e < kRows; e += 32) {
             const int i = q_tile * kRows + e + lane;
-            s.intervals[k.at][e + lane] =
+            s.intervals[masks.at][e + lane] =
                 i >= q0 && i < q1 ? band_interval(i, k0, k1, lo, hi, tile * kKeys, kKeys) : Interval::of(0, 0);
           }
           const int extra_end = word(run, kExtraEnd);
@@ -188,12 +191,12 @@ __device__ __forceinline__ void produce(ForwardShared<Tile>& s, const CUtensorMa
 #pragma unroll 1
             for (int e = lane; e < kRows; e += 32) {
               const int i = q_tile * kRows + e;
-              if (i >= a.x && i < a.y) s.intervals[k.at][e] = band_interval(i, a.z, a.w, c.x, c.y, tile * kKeys, kKeys);
+              if (i >= a.x && i < a.y) s.intervals[masks.at][e] = band_interval(i, a.z, a.w, c.x, c.y, tile * kKeys, kKeys);
             }
           }
+          ptx::mbarrier_arrive(&s.intervals_ready[masks.at]);
+          masks.advance();
         }
-        __syncwarp();
-        if (lane == 0) ptx::mbarrier_arrive(&s.k_ready[k.at]);
         k.advance();
         if (left == 0) take();  // under the wait for V's place
         ptx::mbarrier_wait(&s.v_free[v.at], v.parity);
@@ -201,8 +204,8 @@ __device__ __forceinline__ void produce(ForwardShared<Tile>& s, const CUtensorMa
           ptx::mbarrier_arrive_expect(&s.v_ready[v.at], sizeof(s.v[0]));
 #pragma unroll
           for (int c = 0; c < Tile::kPanelsV; c++)
-            ptx::tensor_load(s.v[v.at] + c * kKeys * 64, v_map, &s.v_ready[v.at], c * 64, tile * kKeys, kv_head, b,
-                             ptx::kEvictLast);
+            ptx::tensor_load(s.v[v.at] + c * kKeys * 64, v_map, &s.v_ready[v.at], c * 64, tile * kKeys, kv_place & 0xffff,
+                             kv_place >> 16, ptx::kEvictLast);
         }
         v.advance();
       }
@@ -226,6 +229,8 @@ __device__ __forceinline__ void consume(ForwardShared<Tile>& s, const CUtensorMa
   constexpr int kStepsQK = Tile::kHeadDim / 16, kStepsPV = kKeys / 16;
   using QK = ptx::Wgmma<kKeys, T>;
   using PV = ptx::Wgmma<Tile::kHeadDimV, T, false, true>;
+  // By shuffle, so that ptxas knows what follows to be uniform in the warp and keeps ring indices, descriptors and loop counters
+  // in uniform registers. Without, every product costs two R2UR and two additions: 50 instructions a step, 7 % of the rate.
   const int w = __shfl_sync(~0u, threadIdx.x / 128, 0) - 1, warp = __shfl_sync(~0u, threadIdx.x % 128 / 32, 0);
   const int lane = threadIdx.x % 32, c0 = lane % 4 * 2;
   const int local_row = w * 64 + warp * 16 + lane / 4;  // this lane's rows in the tile: local_row and + 8
@@ -239,6 +244,7 @@ __device__ __forceinline__ void consume(ForwardShared<Tile>& s, const CUtensorMa
   Ring<Tile::kQStages> q{0, 0};
   Ring<Tile::kKStages> k{0, 0};
   Ring<Tile::kVStages> v{0, 0};
+  Ring<ForwardShared<Tile>::kIntervals> masks{0, 0};
 
   const auto turn = [&] {
     if constexpr (Tile::kPingPong) take_turn<Tile::kConsumers>(w);
@@ -248,7 +254,7 @@ __device__ __forceinline__ void consume(ForwardShared<Tile>& s, const CUtensorMa
   };
   const auto wait_k = [&] { ptx::mbarrier_wait(&s.k_ready[k.at], k.parity); };
   const auto wait_v = [&] { ptx::mbarrier_wait(&s.v_ready[v.at], v.parity); };
-  const auto issue_qk = [&](float(&x)[kS]) {
+  const auto issue_qk = [&](float (&x)[kS]) {
     const uint32_t a = q_low + q.at * (sizeof(s.q[0]) / 16), b = k_low + k.at * (sizeof(s.k[0]) / 16);
     ptx::wgmma_fence();
 #pragma unroll
@@ -276,14 +282,16 @@ __device__ __forceinline__ void consume(ForwardShared<Tile>& s, const CUtensorMa
     for (int i = 0; i < kStepsPV; i++) PV::rs(o, probabilities + 4 * i, ptx::descriptor(b + i * 128));
     ptx::wgmma_commit();
   };
-  const auto pack = [&](float(&x)[kS]) {
+  const auto pack = [&](float (&x)[kS]) {
 #pragma unroll
     for (int i = 0; i < kP; i++) probabilities[i] = ptx::pack<T>(x[2 * i], x[2 * i + 1]);
   };
   const auto read_intervals = [&](Interval& upper, Interval& lower) {
-    upper = s.intervals[k.at][local_row];
-    lower = s.intervals[k.at][local_row + 8];
-    __syncwarp();
+    ptx::mbarrier_wait(&s.intervals_ready[masks.at], masks.parity);
+    upper = s.intervals[masks.at][local_row];
+    lower = s.intervals[masks.at][local_row + 8];
+    ptx::mbarrier_arrive(&s.intervals_free[masks.at]);
+    masks.advance();
   };
   const auto free_k = [&] {
     if (lane == 0) ptx::mbarrier_arrive(&s.k_free[k.at]);
@@ -311,7 +319,7 @@ __device__ __forceinline__ void consume(ForwardShared<Tile>& s, const CUtensorMa
     ptx::mbarrier_wait(&s.q_ready[q.at], q.parity);
     return s.item[q.at];
   };
-  const auto scores_to_weights = [&](float(&x)[kS], bool masked, Interval upper, Interval lower) {
+  const auto scores_to_weights = [&](float (&x)[kS], bool masked, Interval upper, Interval lower) {
     if constexpr (kSoftcap) tanh_scores(x, p.two_log2e_scale);
     if (masked) mask_scores(x, upper, lower, c0);
     softmax.update(x, p.scale_log2);
@@ -326,19 +334,18 @@ __device__ __forceinline__ void consume(ForwardShared<Tile>& s, const CUtensorMa
   const auto lse_at = [&](const Item& item, const RfStrides& strides, int row) {
     return offset(strides, item.batch_head >> 16, row, item.batch_head & 0xffff);
   };
-  const auto start_statistics = [&](const Item& item) {
-    softmax.start_empty();
-    if (p.carry) {
-      const int row = item.q_tile * kRows + local_row;
-      const float upper = row < p.q_len ? p.lse_in[lse_at(item, p.lse_in_strides, row)] : -INFINITY;
-      const float lower = row + 8 < p.q_len ? p.lse_in[lse_at(item, p.lse_in_strides, row + 8)] : -INFINITY;
-      softmax.start_from(upper, lower, lane % 4 == 0);
+  // A new item starts from nothing or from the running result. Its loads are issued early, under products and softmax.
+  const auto carried_lse = [&](const Item& item, float (&lse)[2]) {
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      const int row = item.q_tile * kRows + local_row + 8 * r;
+      lse[r] = p.carry && row < p.q_len ? p.lse_in[lse_at(item, p.lse_in_strides, row)] : -INFINITY;
     }
   };
-  // The accumulator of a new item, after its first softmax: zero, or the running output scaled by it.
-  const auto start_accumulator = [&](const Item& item) {
+  const auto start_statistics = [&](const float (&lse)[2]) { softmax.start_from(lse[0], lse[1], lane % 4 == 0); };
+  const auto load_accumulator = [&](const Item& item) {
     if (p.carry) {
-      const int odd = lane & 1, row = item.q_tile * kRows + local_row + odd * 8;
+      const int row = item.q_tile * kRows + local_row + (lane & 1) * 8;
       const float* g = acc_row(item, row) + (c0 & 4);
 #pragma unroll
       for (int j = 0; j < kO / 4; j++) {
@@ -346,6 +353,14 @@ __device__ __forceinline__ void consume(ForwardShared<Tile>& s, const CUtensorMa
         if (row < p.q_len && j * 8 < p.head_dim_v) x = __ldcs(reinterpret_cast<const float4*>(g + j * 8));
         o[j * 4] = x.x, o[j * 4 + 1] = x.y, o[j * 4 + 2] = x.z, o[j * 4 + 3] = x.w;
       }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kO; i++) o[i] = 0.f;
+    }
+  };
+  const auto start_accumulator = [&] {  // after the item's first softmax, which may have raised the maxima
+    if (p.carry) {
+      const int odd = lane & 1;
 #pragma unroll
       for (int j = 0; j < kO / 4; j++) {  // 16 bytes of one row per lane -> neighbours swap halves -> accumulator layout
         const float a = __shfl_xor_sync(~0u, odd ? o[j * 4] : o[j * 4 + 2], 1);
@@ -356,15 +371,12 @@ __device__ __forceinline__ void consume(ForwardShared<Tile>& s, const CUtensorMa
           o[j * 4 + 2] = a, o[j * 4 + 3] = b;
       }
       softmax.rescale(o);
-    } else {
-#pragma unroll
-      for (int i = 0; i < kO; i++) o[i] = 0.f;
     }
     ptx::pin(o);  // without it ptxas lets o wander between registers and moves it in every step of the main loop
   };
   // Rows that see nothing in this launch: 0 and -inf, or what was carried in.
   const auto write_empty = [&](const Item& item) {
-    const int row = item.q_tile * kRows + w * 64 + warp * 16 + lane / 2;
+    const int row = item.q_tile * kRows + (local_row & ~15) + lane / 2;
     if (row >= p.q_len || (p.carry && !p.finish)) return;
 #pragma unroll 1
     for (int j = (lane & 1) * 4; j < p.head_dim_v; j += 8) {
@@ -433,7 +445,7 @@ __device__ __forceinline__ void consume(ForwardShared<Tile>& s, const CUtensorMa
   };
   const auto store_float = [&](const Item& item, float i0, float i1) {
     const int odd = lane & 1, row = item.q_tile * kRows + local_row + odd * 8;
-    float* g = acc_row(item, row) + (c0 & 4);
+    float* g = acc_row(item, row) + (lane & 2) * 2;
 #pragma unroll
     for (int j = 0; j < kO / 4; j++) {
       const float a = o[j * 4] * i0, b = o[j * 4 + 1] * i0, c = o[j * 4 + 2] * i1, d = o[j * 4 + 3] * i1;
@@ -474,9 +486,6 @@ __device__ __forceinline__ void consume(ForwardShared<Tile>& s, const CUtensorMa
     if constexpr (kMasked) read_intervals(upper, lower);
     free_k();
     scores_to_weights(x, kMasked, upper, lower);
-    // ptxas is free to move the wait above arithmetic that does not touch the accumulators, and does: nothing would overlap.
-    // A branch on the row sum (a sum of exponentials is never negative) ends the basic block.
-    if (softmax.sum[0] + softmax.sum[1] < -1.f) asm volatile("trap;");
     ptx::wgmma_wait<0>();
     ptx::pin(o);
     ptx::pin(probabilities);
@@ -496,20 +505,22 @@ __device__ __forceinline__ void consume(ForwardShared<Tile>& s, const CUtensorMa
     }
     load_q();
     {
-      float x[kS];
+      float x[kS], lse[2];
       Interval upper{0}, lower{0};
       wait_k();
       turn();
       issue_qk(x);
       pass();
-      start_statistics(item);
+      carried_lse(item, lse);
+      start_statistics(lse);
+      load_accumulator(item);
       ptx::wgmma_wait<0>();
       ptx::pin(x);
       if (item.masked > 0) read_intervals(upper, lower);
       free_k();
       scores_to_weights(x, item.masked > 0, upper, lower);
       pack(x);
-      start_accumulator(item);
+      start_accumulator();
     }
     for (;;) {
       int i = 1;
@@ -534,8 +545,9 @@ __device__ __forceinline__ void consume(ForwardShared<Tile>& s, const CUtensorMa
       }
       // The seam: the next item's first S beside this one's last PV; the store runs under the other warpgroup's products.
       load_q();
-      float x[kS];
+      float x[kS], lse[2];
       Interval upper{0}, lower{0};
+      carried_lse(item, lse);
       wait_k();
       turn();
       issue_qk(x);
@@ -550,10 +562,11 @@ __device__ __forceinline__ void consume(ForwardShared<Tile>& s, const CUtensorMa
       free_k();
       free_v();
       store(done);
-      start_statistics(item);
+      start_statistics(lse);
+      load_accumulator(item);
       scores_to_weights(x, item.masked > 0, upper, lower);
       pack(x);
-      start_accumulator(item);
+      start_accumulator();
     }
   }
   if (Tile::kPingPong && w == 0) ptx::barrier_sync<1, 256>();  // takes back the last turn
@@ -564,7 +577,7 @@ template <class T, class Tile, bool kSoftcap>
 __global__ void __launch_bounds__(Tile::kThreads, 1)
     forward_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap k_map,
                    const __grid_constant__ CUtensorMap v_map, const __grid_constant__ CUtensorMap out_map,
-                   const __grid_constant__ ForwardParams p) {
+                   const __grid_constant__ CUtensorMap acc_map, const __grid_constant__ ForwardParams p) {
   extern __shared__ __align__(1024) uint8_t raw[];
   auto& s = *reinterpret_cast<ForwardShared<Tile>*>(raw);
   static_assert(sizeof(s) <= 232448, "more shared memory than a CTA can have");
@@ -575,19 +588,23 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       ptx::mbarrier_init(&s.q_free[i], kWarps);
     }
     for (int i = 0; i < Tile::kKStages; i++) {
-      ptx::mbarrier_init(&s.k_ready[i], 2);  // the copy and the intervals
+      ptx::mbarrier_init(&s.k_ready[i], 1);
       ptx::mbarrier_init(&s.k_free[i], kWarps);
     }
     for (int i = 0; i < Tile::kVStages; i++) {
       ptx::mbarrier_init(&s.v_ready[i], 1);
       ptx::mbarrier_init(&s.v_free[i], kWarps);
     }
+    for (int i = 0; i < s.kIntervals; i++) {
+      ptx::mbarrier_init(&s.intervals_ready[i], 32);
+      ptx::mbarrier_init(&s.intervals_free[i], 32 * kWarps);
+    }
     ptx::mbarrier_init_fence();
   }
   __syncthreads();
   if (__shfl_sync(~0u, threadIdx.x / 128, 0) == 0) {
     ptx::registers_lower<Tile::kProducerRegisters>();
-    if (threadIdx.x < 32) produce<Tile>(s, &q_map, &k_map, &v_map, p);
+    if (threadIdx.x < 32) produce<Tile>(s, &q_map, &k_map, &v_map, &acc_map, p);
   } else {
     ptx::registers_raise<Tile::kConsumerRegisters>();
     consume<T, Tile, kSoftcap>(s, &out_map, p);

@@ -4,11 +4,11 @@
 
 /// Attention of the Slices of one step into a running (out, lse).
 struct RfHopperForwardParams {
-  const void* q;         // (B, Sq, H, D) of `dtype`; q, k, v 16-byte aligned, their strides multiples of 8
-  const void* k;         // (B, Sk, Hkv, D)
-  const void* v;         // (B, Sk, Hkv, Dv)
-  void* out;             // (B, Sq, H, Dv) like q, 16-byte aligned, strides multiples of 8; written if `finish`
-  float* acc;            // (B, Sq, H, Dv) running output, 16-byte aligned, strides multiples of 4; read if `carry`, written if not `finish`
+  const void* q;  // (B, Sq, H, D) of `dtype`; q, k, v 16-byte aligned, their strides multiples of 8
+  const void* k;  // (B, Sk, Hkv, D)
+  const void* v;  // (B, Sk, Hkv, Dv)
+  void* out;      // (B, Sq, H, Dv) like q, 16-byte aligned, strides multiples of 8; written if `finish`
+  float* acc;  // (B, Sq, H, Dv) running output, 16-byte aligned, strides multiples of 4; read if `carry`, written if not `finish`
   const float* lse_in;   // (B, H, Sq) running log-sum-exp; read if `carry`
   float* lse;            // (B, H, Sq), always written; may be lse_in
   const int32_t* items;  // (q_tiles, 16) of the tile table, ringflash/kernels/tiles.py
@@ -24,11 +24,14 @@ struct RfHopperForwardParams {
   int32_t ctas;             // multiprocessors to use
   float scale;              // > 0
   float softcap;            // 0: none
-  int32_t reserved;
+  int32_t variant;          // of the tile, see rf_hopper_forward_tile
 };
 static_assert(sizeof(RfHopperForwardParams) == 320, "ringflash/kernels/hopper.py mirrors this struct");
 
 RF_API int rf_hopper_forward(const RfHopperForwardParams* params, void* stream);
 
-/// The tile (rows, keys) that the tables of these head dims are made for. RF_ERROR_UNSUPPORTED if no kernel holds them.
-RF_API int rf_hopper_forward_tile(int32_t head_dim, int32_t head_dim_v, int32_t* rows, int32_t* keys);
+/// The tile (rows, keys) that the tables of these head dims are made for. Some head dims have several variants, numbered from 0;
+/// tile_cost and item_cost (cycles of a multiprocessor) say which is best for a table. RF_ERROR_UNSUPPORTED if there is no such
+/// kernel.
+RF_API int rf_hopper_forward_tile(int32_t head_dim, int32_t head_dim_v, int32_t variant, int32_t* rows, int32_t* keys,
+                                  int32_t* tile_cost, int32_t* item_cost);

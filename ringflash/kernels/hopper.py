@@ -5,8 +5,8 @@ from __future__ import annotations
 import ctypes
 import struct
 from dataclasses import dataclass
-from functools import cache
-from typing import TYPE_CHECKING
+from functools import cache, lru_cache
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,26 +35,46 @@ def _library() -> ctypes.CDLL | None:
         return None
     lib.rf_hopper_forward.argtypes = [ctypes.c_char_p, ctypes.c_void_p]
     lib.rf_hopper_forward.restype = ctypes.c_int
-    lib.rf_hopper_forward_tile.argtypes = [
-        ctypes.c_int32,
-        ctypes.c_int32,
-        ctypes.POINTER(ctypes.c_int32),
-        ctypes.POINTER(ctypes.c_int32),
-    ]
+    lib.rf_hopper_forward_tile.argtypes = [ctypes.c_int32] * 3 + [ctypes.POINTER(ctypes.c_int32)] * 4
     lib.rf_hopper_forward_tile.restype = ctypes.c_int
     return lib
 
 
+class Tile(NamedTuple):
+    """One compiled variant: the tiles it computes and what they cost, in cycles of a multiprocessor (csrc/hopper/traits.h)."""
+
+    variant: int
+    rows: int
+    keys: int
+    tile_cost: int
+    item_cost: int
+
+
 @cache
-def forward_tile(head_dim: int, head_dim_v: int) -> tuple[int, int]:
-    """Rows and keys of the tiles that the kernel of these head dims computes."""
+def forward_tiles(head_dim: int, head_dim_v: int) -> tuple[Tile, ...]:
+    """The variants of the kernel of these head dims."""
     lib = _library()
     assert lib is not None
-    rows, keys = ctypes.c_int32(), ctypes.c_int32()
-    ops.check(
-        lib, "rf_hopper_forward_tile", lib.rf_hopper_forward_tile(head_dim, head_dim_v, ctypes.byref(rows), ctypes.byref(keys))
-    )
-    return rows.value, keys.value
+    found: list[Tile] = []
+    while True:
+        numbers = [ctypes.c_int32() for _ in range(4)]
+        code = lib.rf_hopper_forward_tile(head_dim, head_dim_v, len(found), *map(ctypes.byref, numbers))
+        if code and found:
+            return tuple(found)
+        ops.check(lib, "rf_hopper_forward_tile", code)
+        found.append(Tile(len(found), *(n.value for n in numbers)))
+
+
+@lru_cache(maxsize=512)
+def forward_plan(slices: Slices, q_len: int, k_len: int, head_dim: int, head_dim_v: int) -> tuple[Tile, tiles.TileTable]:
+    """The variant that computes these Slices in the fewest cycles, and its tile table."""
+
+    def cycles(choice: tuple[Tile, tiles.TileTable]) -> int:
+        tile, table = choice
+        return table.tiles * tile.tile_cost + len(table.items) * tile.item_cost
+
+    variants = forward_tiles(head_dim, head_dim_v)
+    return min(((t, tiles.forward_table(slices, q_len, k_len, t.rows, t.keys)) for t in variants), key=cycles)
 
 
 @cache
@@ -72,9 +92,7 @@ def _for_copy_engine(x: Tensor) -> Tensor:
     """x, or a contiguous copy where the copy engine cannot read it: it wants 16-byte aligned rows and no dim of stride 0."""
     unaligned = x.data_ptr() % 16 or (x.stride(3) != 1 and x.shape[3] > 1)
     if unaligned or any(n > 1 and (s <= 0 or s % 8) for n, s in zip(x.shape[:3], x.stride()[:3], strict=True)):
-        return (
-            x.contiguous() if x.data_ptr() % 16 == 0 and not x.is_contiguous() else x.clone(memory_format=torch.contiguous_format)
-        )
+        return x.clone(memory_format=torch.contiguous_format)
     return x
 
 
@@ -154,42 +172,33 @@ class HopperKernel:
             out, lse = self.forward(q, k, v, slices, scale=scale, softcap=softcap, carry=(copy, carry[1]), finish=finish)
             return (out, lse) if finish else (carry[0].copy_(out), lse)
         q, k, v = _for_copy_engine(q), _for_copy_engine(k), _for_copy_engine(v)
-        device = q.device
-        acc: Tensor | None = None
-        out: Tensor | None = None
-        if carry is not None:
-            acc, lse_in = carry
-            lse = torch.empty((B, H, Sq), dtype=torch.float32, device=device) if finish else lse_in
+        if carry is not None and not finish:
+            result, lse = carry
         else:
-            lse = torch.empty((B, H, Sq), dtype=torch.float32, device=device)
-            lse_in = lse
-            if not finish:
-                acc = torch.empty((B, Sq, H, Dv), dtype=torch.float32, device=device)
-        if finish:
-            out = torch.empty((B, Sq, H, Dv), dtype=q.dtype, device=device)
-        table = tiles.forward_table(slices, Sq, Sk, *forward_tile(D, Dv))
-        if torch.cuda.current_device() != device.index:
-            with torch.cuda.device(device):
-                self._launch(table, q, k, v, out, acc, lse_in, lse, scale, softcap, carry is not None)
+            dtype = q.dtype if finish else torch.float32
+            result = torch.empty((B, Sq, H, Dv), dtype=dtype, device=q.device)
+            lse = torch.empty((B, H, Sq), dtype=torch.float32, device=q.device)
+        tile, table = forward_plan(slices, Sq, Sk, D, Dv)
+        if torch.cuda.current_device() == q.device.index:
+            self._launch(tile.variant, table, q, k, v, result, lse, carry, scale, softcap, finish)
         else:
-            self._launch(table, q, k, v, out, acc, lse_in, lse, scale, softcap, carry is not None)
-        result = out if finish else acc
-        assert result is not None
+            with torch.cuda.device(q.device):
+                self._launch(tile.variant, table, q, k, v, result, lse, carry, scale, softcap, finish)
         return result, lse
 
     def _launch(
         self,
+        variant: int,
         table: tiles.TileTable,
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        out: Tensor | None,
-        acc: Tensor | None,
-        lse_in: Tensor,
+        result: Tensor,
         lse: Tensor,
+        carry: State | None,
         scale: float,
         softcap: float,
-        carried: bool,
+        finish: bool,
     ) -> None:
         lib = _library()
         assert lib is not None
@@ -198,12 +207,13 @@ class HopperKernel:
         items, runs, extra = table.on(q.device)
         stream = torch.cuda.current_stream(q.device).cuda_stream
         kv_heads_in_l2 = max(1, L2_BYTES // (Sk * (D + Dv) * 2))
+        acc, lse_in = carry if carry is not None else (result, lse)
         params = _PARAMS.pack(
             q.data_ptr(),
             k.data_ptr(),
             v.data_ptr(),
-            out.data_ptr() if out is not None else 0,
-            acc.data_ptr() if acc is not None else 0,
+            result.data_ptr(),
+            acc.data_ptr(),
             lse_in.data_ptr(),
             lse.data_ptr(),
             items.data_ptr(),
@@ -213,8 +223,8 @@ class HopperKernel:
             *_strides(q),
             *_strides(k),
             *_strides(v),
-            *(_strides(out) if out is not None else (0, 0, 0)),
-            *(_strides(acc) if acc is not None else (0, 0, 0)),
+            *_strides(result),
+            *_strides(acc),
             *_lse_strides(lse_in),
             *_lse_strides(lse),
             B,
@@ -226,13 +236,13 @@ class HopperKernel:
             Dv,
             len(table.items),
             ops.DTYPES[q.dtype],
-            carried,
-            out is not None,
+            carry is not None,
+            finish,
             min(B * H, kv_heads_in_l2 * (H // Hkv)),
             max(1, _multiprocessors(q.device) - self.sm_margin),
             scale,
             softcap,
-            0,
+            variant,
         )
         ops.check(lib, "rf_hopper_forward", lib.rf_hopper_forward(params, stream))
 
