@@ -46,7 +46,7 @@ struct ForwardChoice<96, 96> : ForwardTile<96, 96, 2, 128, 1, 3, 2, true, false,
   static constexpr ForwardCost kCost{2300, 1500};
 };
 template <>
-struct ForwardChoice<128, 128> : ForwardTile<128, 128, 2, 128, 1, 3, 2, true, false, true> {
+struct ForwardChoice<128, 128> : ForwardTile<128, 128, 2, 128, 2, 2, 2, false, false, true> {
   static constexpr ForwardCost kCost{2500, 1500};
 };
 template <>
