@@ -301,9 +301,8 @@ __device__ __forceinline__ void consume(ForwardShared<Tile>& s, const CUtensorMa
     if (lane == 0) ptx::mbarrier_arrive(&s.v_free[v.at]);
     v.advance();
   };
-  const auto free_q = [&] {
-    __syncwarp();
-    if (lane == 0) ptx::mbarrier_arrive(&s.q_free[q.at]);
+  const auto free_q = [&] {  // by every lane, since every lane read the item
+    ptx::mbarrier_arrive(&s.q_free[q.at]);
     q.advance();
   };
   const auto load_q = [&] {
@@ -585,7 +584,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     constexpr int kWarps = 4 * Tile::kConsumers;
     for (int i = 0; i < Tile::kQStages; i++) {
       ptx::mbarrier_init(&s.q_ready[i], 1);
-      ptx::mbarrier_init(&s.q_free[i], kWarps);
+      ptx::mbarrier_init(&s.q_free[i], 32 * kWarps);
     }
     for (int i = 0; i < Tile::kKStages; i++) {
       ptx::mbarrier_init(&s.k_ready[i], 1);
