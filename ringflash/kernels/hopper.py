@@ -113,7 +113,7 @@ def _lse_strides(lse_BHS: Tensor) -> tuple[int, int, int]:
 def _vectors(x: Tensor) -> bool:
     """Whether the kernel can read and write the float32 rows of x in 16-byte vectors."""
     aligned = x.data_ptr() % 16 == 0 and x.stride(3) == 1
-    return aligned and all(n == 1 or s % 4 == 0 for n, s in zip(x.shape[:3], x.stride()[:3], strict=True))
+    return aligned and all(n == 1 or (s > 0 and s % 4 == 0) for n, s in zip(x.shape[:3], x.stride()[:3], strict=True))
 
 
 @dataclass
