@@ -126,7 +126,7 @@ def plan_picture(trainer: Trainer, path: Path) -> None:
     model, documents = trainer.config.model, trainer.config.data.documents
     mask = trainer.mask_of(trainer.corpus.train.sample(0, documents=documents))
     draw_plan(
-        trainer.placed(mask),
+        trainer.cp.for_mask(mask),
         mask,
         trainer.config.seqlen,
         model.heads,

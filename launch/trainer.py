@@ -95,19 +95,10 @@ class Trainer:
         """Causal, or causal inside each packed document."""
         return rf.Mask.documents(sample.lengths, causal=True) if self.config.data.documents else rf.Mask.causal()
 
-    def placed(self, mask: rf.Mask) -> rf.ContextParallel:
-        """The context for sequences under ``mask``. "balanced" decides by the mask where tokens lie; after that it is a layout
-        like any other, on which layers with a window use masks of their own.
-        """
-        view = self.cp.for_mask(mask)
-        if view.layout == "balanced":
-            view.layout = view.layout_of(self.config.seqlen)
-        return view
-
     def loss(self, sample: Sample) -> Tensor:
         """Mean loss of a sequence sharded over this replica's ranks; its gradient is this rank's share."""
         mask = self.mask_of(sample)
-        cp, device = self.placed(mask), self.world.device
+        cp, device = self.cp.for_mask(mask), self.world.device
         tokens = cp.shard(sample.tokens[None], dim=1).to(device)
         labels = cp.shard_labels(sample.labels[None], dim=1, ignore_index=IGNORE).to(device)
         positions = cp.position_ids(self.config.seqlen).to(device)
