@@ -90,7 +90,6 @@ def test_wrong_arguments_are_refused_with_what_was_given(arguments: tuple[tuple[
         (lambda: SimulatedWorld(4, schedule="hybrid", ulysses=3), "ulysses"),
         (lambda: SimulatedWorld(0), "world"),
         (lambda: SimulatedWorld(4, "balanced").attention(*tensors()), "for_mask"),
-        (lambda: SimulatedWorld(4, "balanced").for_mask(Mask.causal()).attention(*tensors(), mask=Mask.full()), "for_mask"),
         (lambda: ContextParallel(), "init_process_group"),
     ],
 )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-from ringflash.testing import Case, draw, objections_simulated
+from ringflash import Mask, SimulatedWorld
+from ringflash.testing import Case, dense_attention, draw, make_inputs, objections_simulated, visibility
 
 BATCH, BATCHES = 50, 44
 
@@ -76,6 +78,17 @@ def test_drawn(batch: int) -> None:
     """2,200 cases in all."""
     wrong = objections_simulated([draw(seed) for seed in range(batch * BATCH, (batch + 1) * BATCH)])
     assert not wrong, "\n".join(wrong)
+
+
+def test_a_world_balanced_for_one_mask_computes_others() -> None:
+    """Layers of a model may have masks of their own over one sharding."""
+    case = Case(layout="balanced", q_len=33, k_len=33)
+    inputs = make_inputs(case)
+    world = SimulatedWorld(4, "balanced").for_mask(Mask.documents([20, 13]))
+    for mask in (None, Mask.causal(window=5), Mask.full()):
+        visible = visibility(mask or Mask.documents([20, 13]), 33, 33)
+        out = world.attention(inputs.q, inputs.k, inputs.v, mask=mask)
+        assert torch.allclose(out, dense_attention(inputs.q, inputs.k, inputs.v, visible)[0], rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
