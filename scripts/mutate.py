@@ -40,6 +40,8 @@ TREE = ("ringflash", "parallel", "launch", "tests", "scripts", "pyproject.toml")
 
 FAST = ("tests/test_property.py::test_edges", "tests/test_property.py::test_drawn[0]", "tests/test_property.py::test_drawn[1]")
 PRECISION = ("tests/test_precision.py",)
+REAL = ("tests/test_distributed.py::test_several_messages_to_one_peer",)
+AGREE = ("tests/test_failures.py::test_disagreement_is_the_same_error_on_every_rank",)
 SHARD = ("tests/test_shard.py",)
 PLAN = ("tests/test_plan.py::test_only_rows_that_are_seen_travel",)
 LAYOUT = ("tests/test_layout.py",)
@@ -204,10 +206,24 @@ BUGS = (
         "torch.cat([x.transpose(0, 1) for x in self.local[::-1]]",
     ),
     Bug("a buffer is forgotten before it is passed on", "parallel/transport/__init__.py", "if not passed_on:", "if True:"),
+    Bug(
+        "all-to-all: a peer's second message is its first again",
+        "parallel/transport/alltoall.py",
+        "self.starts[m.peer] = start + size",
+        "self.starts[m.peer] = start",
+        REAL,
+    ),
+    Bug(
+        "handshake does not compare masks",
+        "ringflash/api.py",
+        '"mask": f"{call.mask!r} #{call.mask.digest()}"',
+        '"mask": ""',
+        AGREE,
+    ),
     # kernels and merge
     Bug("missing rescale in the merge", "ringflash/merge.py", "out.mul_(_per_row(weight)).addcmul_(", "out.addcmul_("),
     Bug(
-        "merge adds LSEs",
+        "merge gives a part too much weight",
         "ringflash/merge.py",
         "weight_part = torch.sigmoid(difference)",
         "weight_part = torch.sigmoid(difference + 0.01)",

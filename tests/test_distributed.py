@@ -32,6 +32,20 @@ def test_drawn(ranks: Ranks, world: int, batch: int) -> None:
     assert not wrong, "\n".join(wrong)
 
 
+@pytest.mark.parametrize("transport", ["p2p", "alltoall"])
+def test_several_messages_to_one_peer(ranks: Ranks, transport: str) -> None:
+    """Queries, keys and values of a head exchange; chunks in several ranges."""
+    checkered = 'blocks(["1010", "0101", "1010", "0101"], 5)'
+    cases = [
+        Case(schedule="hybrid", ulysses=2, transport=transport, heads=4),
+        Case(schedule="ulysses", transport=transport, heads=6, kv_heads=2, sinks=True),
+        Case(mask=checkered, q_len=20, k_len=20, max_gap=0, layout="contiguous", transport=transport, world=4),
+        Case(mask=checkered, q_len=20, k_len=20, max_gap=0, layout="zigzag", schedule="staged:2", transport=transport),
+    ]
+    wrong = objections_on_ranks(ranks(4), cases)
+    assert not wrong, "\n".join(wrong)
+
+
 @pytest.mark.parametrize("transport", ["p2p", "alltoall", "allgather"])
 def test_every_transport_moves_every_mask(ranks: Ranks, transport: str) -> None:
     masks = ("full()", "causal()", "causal(window=9)", "documents([0, 9, 23])", "dilated(3)", 'blocks(["10", "01"], 16)')
