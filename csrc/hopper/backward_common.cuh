@@ -20,7 +20,7 @@ struct BackwardParams {
   float* dq;                 // (B, Sq, H, D)
   void* dk;                  // (B, Sk, Hkv, D) float32 to add to, or of q's type to write
   void* dv;                  // (B, Sk, Hkv, Dv)
-  const int4* items;         // (item_count, 2), runs and bands: see ringflash/kernels/tiles_backward.py
+  const int4* items;         // (item_count, 2)
   const int4* runs;          // (n)
   const int4* bands;         // (n, 2)
   const int* visit_offsets;  // (query tiles + 1)
@@ -39,6 +39,12 @@ struct BackwardParams {
   float inverse_cap;    // with a softcap: ln 2 / cap
 };
 
+/// Item of the work list: two int4.
+struct Item {
+  int run_begin, run_end, first_key, batch;
+  int kv_head, head_begin, head_end, tile;  // query heads [head_begin, head_end) of the whole tensor
+};
+
 constexpr int kFirst = 1, kLast = 2, kStop = 4;  // flags of a step: first or last of its item; no step, the work is done
 
 /// One step, as the producer tells it. 32 bytes.
@@ -55,7 +61,9 @@ template <int Rows, int Keys>
 struct __align__(16) Statistics {
   float negative_lse[Rows];    // -lse * log2(e); -inf: the row sees nothing, P = 0
   float negative_delta[Rows];  // -delta * scale
-  Interval seen_by[Keys];      // of each key, the queries of this tile that see it; written for masked steps
+  uint16_t seen_by[Keys];  // of each key, the queries [low byte, high byte) of this tile that see it; written for masked steps
+
+  __device__ __forceinline__ Interval seen(int key) const { return Interval::of(seen_by[key] & 0xff, seen_by[key] >> 8); }
 };
 
 /// Self-resetting counter: after every CTA of the grid was told "none left" it stands at zero again.
@@ -122,8 +130,9 @@ __device__ __forceinline__ void produce_tiles(const BackwardParams& p, Shared& s
   ptx::prefetch_tensor_map(q_map), ptx::prefetch_tensor_map(k_map);
   ptx::prefetch_tensor_map(v_map), ptx::prefetch_tensor_map(dout_map);
   walk_items(p, s, Rows, [&](int i, const Step& step) {
-    const int stage = i & 1, phase = (i >> 1) & 1;
-    ptx::mbarrier_wait(&s.q_free[stage], phase ^ 1);
+    constexpr int kStages = sizeof(s.q) / sizeof(s.q[0]);
+    const int stage = i % kStages;
+    ptx::mbarrier_wait(&s.q_free[stage], (i / kStages & 1) ^ 1);
     ptx::mbarrier_arrive_expect(&s.q_full[stage], sizeof(s.q[0]));
 #pragma unroll 1
     for (int c = 0; c < Panels; c++)
@@ -161,13 +170,14 @@ __device__ __forceinline__ void produce_tiles(const BackwardParams& p, Shared& s
 /// The statistics of a step, by one warp. Rows past the end get P = 0.
 template <int Rows, int Keys, class Shared>
 __device__ __forceinline__ void produce_statistics(const BackwardParams& p, Shared& s, int lane) {
-  constexpr int kEach = Rows / 32;
+  constexpr int kEach = Rows / 32, kStages = sizeof(s.q) / sizeof(s.q[0]);
 #pragma unroll 1
   for (int i = 0;; i++) {
     const Step& step = s.steps[i % kStepRing];
     ptx::mbarrier_wait(&s.step_told[i % kStepRing], (i / kStepRing) & 1);
     if (step.flags & kStop) break;
-    Statistics<Rows, Keys>& to = s.statistics[i & 1];
+    const int stage = i % kStages;
+    Statistics<Rows, Keys>& to = s.statistics[stage];
     const float* lse = p.lse + step.batch * p.lse_batch_stride + step.head * p.lse_head_stride;
     const float* delta = p.delta + step.batch * p.delta_batch_stride + step.head * p.delta_head_stride;
     float a[kEach], c[kEach];
@@ -181,7 +191,7 @@ __device__ __forceinline__ void produce_statistics(const BackwardParams& p, Shar
         c[r] = l == -INFINITY ? 0.f : -p.scale * __ldg(delta + row);
       }
     }
-    ptx::mbarrier_wait(&s.q_free[i & 1], ((i >> 1) & 1) ^ 1);
+    ptx::mbarrier_wait(&s.q_free[stage], (i / kStages & 1) ^ 1);
 #pragma unroll
     for (int r = 0; r < kEach; r++) {
       to.negative_lse[r * 32 + lane] = a[r];
@@ -197,11 +207,11 @@ __device__ __forceinline__ void produce_statistics(const BackwardParams& p, Shar
           const int4 x = __ldg(p.bands + 2 * (step.band_begin + j)), y = __ldg(p.bands + 2 * (step.band_begin + j) + 1);
           if (key >= x.x && key < x.y) seen = band_interval(key, x.z, x.w, y.x, y.y, step.first_row, Rows);
         }
-        to.seen_by[r] = seen;
+        to.seen_by[r] = static_cast<uint16_t>(seen.begin() | seen.end() << 8);
       }
     }
     __syncwarp();
-    if (lane == 0) ptx::mbarrier_arrive(&s.q_full[i & 1]);
+    if (lane == 0) ptx::mbarrier_arrive(&s.q_full[stage]);
   }
 }
 
@@ -342,7 +352,7 @@ template <class T, int Rows, int Keys, int Panels, bool Deterministic, class Sha
 __device__ __forceinline__ void make_dq(const BackwardParams& p, Shared& s, const CUtensorMap* dq_map, int thread) {
   using Product = ptx::Wgmma<64, T, true, false>;
   constexpr int kParts = Panels * Rows / 64;
-  constexpr int kBuffers = sizeof(s.k) / sizeof(s.k[0]);
+  constexpr int kBuffers = sizeof(s.k) / sizeof(s.k[0]), kStages = sizeof(s.ds) / sizeof(s.ds[0]);
   const int warp = thread / 32, lane = thread % 32, c0 = (lane % 4) * 2;
   const uint32_t ds_low = ptx::descriptor_low(ptx::shared_address(s.ds)), k_low = ptx::descriptor_low(ptx::shared_address(s.k));
   // This lane holds d = 16 warp + lane / 4 (+ 8) and queries 8 j + c0 (+ 1): 4-byte stores, one box row (32 d) per query, chunk
@@ -359,13 +369,13 @@ __device__ __forceinline__ void make_dq(const BackwardParams& p, Shared& s, cons
     const int row = step.first_row, head = step.head, batch = step.batch;
     if (flags & kFirst) items++, ptx::mbarrier_wait(&s.k_full[items % kBuffers], (items / kBuffers) & 1);
     const uint32_t k_now = k_low + items % kBuffers * (sizeof(s.k[0]) / 16);
-    const int stage = i & 1;
+    const int stage = i % kStages;
     const uint32_t b = ds_low + stage * (sizeof(s.ds[0]) / 16);
     if (Deterministic && thread == 0 && i > 0) {
       ptx::bulk_wait<0>();
-      ptx::mbarrier_arrive(&s.turn.added[stage ^ 1]);
+      ptx::mbarrier_arrive(&s.turn.added[(i - 1) & 1]);
     }
-    ptx::mbarrier_wait(&s.ds_full[stage], (i >> 1) & 1);
+    ptx::mbarrier_wait(&s.ds_full[stage], (i / kStages) & 1);
 #pragma unroll 1  // unrolled, two parts would want 64 accumulators
     for (int part = 0; part < kParts; part++) {
       const int buffer = (kParts % 2 ? i * kParts + part : part) & 1;
@@ -394,7 +404,7 @@ __device__ __forceinline__ void make_dq(const BackwardParams& p, Shared& s, cons
                        "f"(x[j * 4 + e])
                        : "memory");
       ptx::fence_async_proxy();
-      if (Deterministic && part == 0 && thread == 0) ptx::mbarrier_wait(&s.turn.mine[stage], (i >> 1) & 1);
+      if (Deterministic && part == 0 && thread == 0) ptx::mbarrier_wait(&s.turn.mine[i & 1], (i >> 1) & 1);
       ptx::barrier_sync<2, 128>();
       if (thread == 0) {
 #pragma unroll
@@ -450,22 +460,33 @@ __device__ __forceinline__ float2 unpack_pair(uint32_t word) {
   else
     return ptx::unpack<T>(word);
 }
-/// a, on entry P^T in pairs, becomes scale * dS^T = P (dP * scale - delta * scale), x being dP^T; with a softcap times 1 -
-/// tanh^2.
-template <class T, bool Softcap, int N>
-__device__ __forceinline__ void score_gradients(uint32_t (&a)[N / 2], const float (&x)[N], const float* negative_delta,
-                                                const float* negative_lse, const BackwardParams& p) {
+/// x, on entry dP^T, becomes scale * (dP - delta)^T. negative_delta: -scale * delta from this lane's first query on, in shared
+/// memory.
+template <int N>
+__device__ __forceinline__ void subtract_delta(float (&x)[N], const float* negative_delta, float scale) {
 #pragma unroll
   for (int j = 0; j < N / 4; j++) {
     const float2 delta = *reinterpret_cast<const float2*>(negative_delta + j * 8);
+#pragma unroll
+    for (int e = 0; e < 4; e++) x[j * 4 + e] = fmaf(x[j * 4 + e], scale, (e & 1) ? delta.y : delta.x);
+  }
+}
+/// a, on entry P^T in pairs, becomes scale * dS^T = P^T x; with a softcap times 1 - tanh^2.
+template <class T, bool Softcap, int N>
+__device__ __forceinline__ void score_gradients(uint32_t (&a)[N / 2], const float (&x)[N], const float* negative_lse,
+                                                const BackwardParams& p) {
+#pragma unroll
+  for (int j = 0; j < N / 4; j++) {
     float2 l = {};
     if (Softcap) l = *reinterpret_cast<const float2*>(negative_lse + j * 8);
 #pragma unroll
     for (int e = 0; e < 2; e++) {
-      const float2 prob = unpack_pair<T>(a[2 * j + e]);
-      float left = fmaf(x[j * 4 + 2 * e], p.scale, delta.x), right = fmaf(x[j * 4 + 2 * e + 1], p.scale, delta.y);
-      if (Softcap) left *= cap_slope(prob.x, l.x, p.inverse_cap), right *= cap_slope(prob.y, l.y, p.inverse_cap);
-      a[2 * j + e] = ptx::pack<T>(prob.x * left, prob.y * right);
+      float2 prob = unpack_pair<T>(a[2 * j + e]);
+      if (Softcap) {
+        const float2 slope = {cap_slope(prob.x, l.x, p.inverse_cap), cap_slope(prob.y, l.y, p.inverse_cap)};
+        prob.x *= slope.x, prob.y *= slope.y;
+      }
+      a[2 * j + e] = ptx::pack<T>(prob.x * x[j * 4 + 2 * e], prob.y * x[j * 4 + 2 * e + 1]);
     }
   }
 }

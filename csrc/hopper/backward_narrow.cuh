@@ -21,15 +21,15 @@ struct __align__(1024) NarrowShared {
   static constexpr int kPanelRows = 64 * Tile::kPanels;
   uint16_t k[2][Tile::kKeys * kPanelRows];  // [panel][key][64], 128-byte swizzle; so are all below
   uint16_t v[Tile::kKeys * kPanelRows];
-  uint16_t q[2][Tile::kRows * kPanelRows];  // [stage][panel][query][64]
+  uint16_t q[Tile::kQStages][Tile::kRows * kPanelRows];  // [stage][panel][query][64]
   uint16_t dout[2][Tile::kRows * kPanelRows];
-  uint16_t ds[2][2][Tile::kRows * 64];  // [stage][half of the keys][query][64 keys]
+  uint16_t ds[1][2][Tile::kRows * 64];  // [stage][half of the keys][query][64 keys]
   float dq[2][2][64 * 32];              // [buffer][32 columns of d][query][32]
-  Statistics<Tile::kRows, Tile::kKeys> statistics[2];
+  Statistics<Tile::kRows, Tile::kKeys> statistics[Tile::kQStages];
   Step steps[kStepRing];
   Walk walk;
   uint64_t k_full[2], k_free[2], v_full, v_free;
-  uint64_t q_full[2], q_free[2], dout_full[2], dout_free[2], ds_full[2], ds_free[2];
+  uint64_t q_full[Tile::kQStages], q_free[Tile::kQStages], dout_full[2], dout_free[2], ds_full[1], ds_free[1];
   uint64_t step_told[kStepRing];
   TurnBarriers turn;
 };
@@ -49,12 +49,12 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     ptx::mbarrier_init(&s.v_full, 1), ptx::mbarrier_init(&s.v_free, 8);  // one arrival per warp
     for (int i = 0; i < 2; i++) {
       ptx::mbarrier_init(&s.k_full[i], 1), ptx::mbarrier_init(&s.k_free[i], 12);
-      ptx::mbarrier_init(&s.q_full[i], 2), ptx::mbarrier_init(&s.dout_full[i], 1);
-      ptx::mbarrier_init(&s.q_free[i], 8), ptx::mbarrier_init(&s.dout_free[i], 8);
-      ptx::mbarrier_init(&s.ds_full[i], 8), ptx::mbarrier_init(&s.ds_free[i], 4);
+      ptx::mbarrier_init(&s.dout_full[i], 1), ptx::mbarrier_init(&s.dout_free[i], 8);
       ptx::mbarrier_init(&s.turn.mine[i], 1), ptx::mbarrier_init(&s.turn.added[i], 1),
           ptx::mbarrier_init(&s.turn.passed_on[i], 1);
     }
+    for (int i = 0; i < Tile::kQStages; i++) ptx::mbarrier_init(&s.q_full[i], 2), ptx::mbarrier_init(&s.q_free[i], 8);
+    ptx::mbarrier_init(&s.ds_full[0], 8), ptx::mbarrier_init(&s.ds_free[0], 4);
     for (int i = 0; i < kStepRing; i++) ptx::mbarrier_init(&s.step_told[i], 1);
     ptx::mbarrier_init_fence();
   }
@@ -109,17 +109,6 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       for (int k = 0; k < kRows / 16; k++) Gradient::rs(d, left + 4 * k, ptx::descriptor(right + stage * kStage + k * 128));
       ptx::wgmma_commit();
     };
-    const auto store_ds = [&](const uint32_t (&ds)[kRows / 4], int stage, int phase) {
-      ptx::mbarrier_wait(&s.ds_free[stage], phase ^ 1);
-#pragma unroll
-      for (int k = 0; k < kRows / 16; k++)
-        ptx::stmatrix_x4_trans(ds_store + stage * (2 * kRows * 128) + k * 16 * 128, ds[4 * k], ds[4 * k + 1], ds[4 * k + 2],
-                               ds[4 * k + 3]);
-      ptx::fence_async_proxy();
-      __syncwarp();
-      if (lane == 0) ptx::mbarrier_arrive(&s.ds_full[stage]);
-    };
-
     const auto sync_consumer = [&] {
       if (w == 0)
         ptx::barrier_sync<4, 128>();
@@ -128,6 +117,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     };
 
     int i = 0, items = 0;
+    int q_stage = 0, q_phase = 0;
     ptx::mbarrier_wait(&s.step_told[0], 0);
     int flags = s.steps[0].flags, bands = s.steps[0].band_count & 0xffff;
     if (flags & kStop) return;
@@ -142,14 +132,14 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
 #pragma unroll 1
     while (true) {
       const int stage = i & 1, phase = (i >> 1) & 1;
-      const auto& rows = s.statistics[stage];
+      const auto& rows = s.statistics[q_stage];
       if (Softcap) cap_scores(x, p);
-      if (bands) mask_scores(x, rows.seen_by[key], rows.seen_by[key + 8], c0);
+      if (bands) mask_scores(x, rows.seen(key), rows.seen(key + 8), c0);
       exponentiate<Softcap>(x, rows.negative_lse + c0, p.scale_log2);
       ptx::pin(x);
       ptx::wgmma_wait<0>();  // dK of the step before
       ptx::pin(a);
-      if (!(flags & kFirst) && lane == 0) ptx::mbarrier_arrive(&s.q_free[stage ^ 1]);
+      if (!(flags & kFirst) && lane == 0) ptx::mbarrier_arrive(&s.q_free[q_stage ? q_stage - 1 : Tile::kQStages - 1]);
 #pragma unroll
       for (int k = 0; k < kRows / 4; k++) a[k] = ptx::pack<T>(x[2 * k], x[2 * k + 1]);
       if (flags & kFirst) ptx::mbarrier_wait(&s.v_full, items & 1);
@@ -161,30 +151,39 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       ptx::mbarrier_wait(&s.step_told[at], ((i + 1) / kStepRing) & 1);
       const int next_flags = s.steps[at].flags;
       bands = s.steps[at].band_count & 0xffff;
-      ptx::wgmma_wait<0>();
+      ptx::wgmma_wait<kRows == 64 ? 1 : 0>();  // dP; of 128 rows dV too, ptxas finds no registers for both
       ptx::pin(x);
+      subtract_delta(x, rows.negative_delta + c0, p.scale);
+      ptx::wgmma_wait<0>();  // dV
       ptx::pin(a);
       if (lane == 0) {
         ptx::mbarrier_arrive(&s.dout_free[stage]);
         if (last) ptx::mbarrier_arrive(&s.v_free);
       }
-      score_gradients<T, Softcap>(a, x, rows.negative_delta + c0, rows.negative_lse + c0, p);
+      score_gradients<T, Softcap>(a, x, rows.negative_lse + c0, p);
       if (flags & kFirst) {  // the boxes of the item before lie where dS goes
         if (thread == 0) ptx::bulk_wait_read<0>();
         sync_consumer();
       }
-      store_ds(a, stage, phase);
+      ptx::mbarrier_wait(&s.ds_free[0], (i & 1) ^ 1);
+#pragma unroll
+      for (int k = 0; k < kRows / 16; k++)
+        ptx::stmatrix_x4_trans(ds_store + k * 16 * 128, a[4 * k], a[4 * k + 1], a[4 * k + 2], a[4 * k + 3]);
+      ptx::fence_async_proxy();
+      __syncwarp();
+      if (lane == 0) ptx::mbarrier_arrive(&s.ds_full[0]);
       // S of the next step, also across items: its keys are in the other buffer. The very last step repeats its own S, which
       // nobody reads: a conditional product would cost a second code path.
-      int next = stage;
+      int next = q_stage;
       if (!(next_flags & kStop)) {
-        next = stage ^ 1;
+        next = q_stage + 1 < Tile::kQStages ? q_stage + 1 : 0;
+        if (next == 0) q_phase ^= 1;
         if (last) ptx::mbarrier_wait(&s.k_full[(items + 1) & 1], ((items + 1) >> 1) & 1);
-        ptx::mbarrier_wait(&s.q_full[next], ((i + 1) >> 1) & 1);
+        ptx::mbarrier_wait(&s.q_full[next], q_phase);
       }
       ptx::wgmma_fence();
       issue_scores(x, k_low + ((items + (last ? 1 : 0)) & 1) * (sizeof(s.k[0]) / 16), q_low, next);
-      issue_gradient(dk, a, q_low, stage);
+      issue_gradient(dk, a, q_low, q_stage);
       ptx::wgmma_wait<1>();  // S of the next step
       ptx::pin(x);
       if (last) {
@@ -193,7 +192,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         ptx::pin(dv);
         ptx::pin(a);
         if (lane == 0) {
-          ptx::mbarrier_arrive(&s.q_free[stage]);
+          ptx::mbarrier_arrive(&s.q_free[q_stage]);
           ptx::mbarrier_arrive(&s.k_free[items & 1]);
         }
         const Step& step = s.steps[i % kStepRing];
@@ -204,15 +203,15 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
           store_rows(static_cast<T*>(p.dv) + to_v + (lane & 3) * 8, 8 * p.dv_seq_stride, dv, lane, p.k_len - row, p.head_dim_v);
           store_rows(static_cast<T*>(p.dk) + to_k + (lane & 3) * 8, 8 * p.dk_seq_stride, dk, lane, p.k_len - row, p.head_dim);
         } else {
-          // Through this warpgroup's dS buffers, 32 columns at a time, as dQ goes.
-          if (i > 0) ptx::mbarrier_wait(&s.ds_free[stage ^ 1], ((i - 1) >> 1) & 1);
+          // Through this warpgroup's part of dS, 32 columns at a time, as dQ goes.
+          constexpr int kBoxes = sizeof(s.ds[0][0]) / (64 * 128);
+          ptx::mbarrier_wait(&s.ds_free[0], i & 1);
 #pragma unroll
           for (int n = 0; n < kD / 16; n++) {
             const int column = n * 32 % kD;
-            uint16_t* const to = s.ds[n % 2 ? stage : stage ^ 1][w];
-            if (n == 1) ptx::mbarrier_wait(&s.ds_free[stage], phase);
-            if (n > 1) {
-              if (thread == 0) ptx::bulk_wait_read<1>();
+            uint16_t* const to = s.ds[0][w] + n % kBoxes * 64 * 64;
+            if (n >= kBoxes) {
+              if (thread == 0) ptx::bulk_wait_read<kBoxes - 1>();
               sync_consumer();
             }
             if (n * 32 < kD)
@@ -225,7 +224,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
               if (column < (n * 32 < kD ? p.head_dim_v : p.head_dim))
                 ptx::tensor_reduce_add(n * 32 < kD ? &dv_map : &dk_map, to, column, step.first_key + w * 64, step.kv_head,
                                        step.batch);
-              ptx::bulk_commit();  // an empty group too: the wait above counts groups
+              ptx::bulk_commit();
             }
           }
         }
@@ -235,6 +234,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         items++;
       }
       flags = next_flags;
+      q_stage = next;
       i++;
     }
     if (thread == 0) ptx::bulk_wait<0>();

@@ -149,7 +149,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         if (Softcap) cap_scores(x, p);
         if (bands) {
           const int key = first_of_lane();
-          mask_scores(x, rows.seen_by[key], rows.seen_by[key + 8], c0);
+          mask_scores(x, rows.seen(key), rows.seen(key + 8), c0);
         }
         exponentiate<Softcap>(x, rows.negative_lse + c0, p.scale_log2);
         ptx::pin(x);
@@ -259,7 +259,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
 #pragma unroll
         for (int k = 0; k < 4; k++)
           ldmatrix_x4_trans(*reinterpret_cast<uint32_t (*)[4]>(a + 4 * k), p_load + stage * (64 * 128) + exchange + k * 16 * 128);
-        score_gradients<T, Softcap>(a, x, rows.negative_delta + c0, rows.negative_lse + c0, p);
+        subtract_delta(x, rows.negative_delta + c0, p.scale);
+        score_gradients<T, Softcap>(a, x, rows.negative_lse + c0, p);
         ptx::mbarrier_wait(&s.ds_free[stage], phase ^ 1);
         store(ds_store + stage * (64 * 128), a);
         if (lane == 0) ptx::mbarrier_arrive(&s.ds_full[stage]);
