@@ -68,7 +68,8 @@ def dense(D: int, lengths: tuple[int, ...], heads: tuple[tuple[int, int], ...]) 
 
 def lognormal(mean: int, total: int, seed: int = 0) -> tuple[int, ...]:
     """Document lengths drawn log-normal (sigma 1) with that mean, 16 to 16k, that fill `total` tokens."""
-    rng, lengths = np.random.default_rng(seed), []
+    rng = np.random.default_rng(seed)
+    lengths: list[int] = []
     while sum(lengths) < total:
         lengths.append(int(np.clip(rng.lognormal(np.log(mean) - 0.5, 1.0), 16, 16384)))
     lengths[-1] -= sum(lengths) - total
@@ -155,7 +156,7 @@ def read(runs: dict[str, Run], cfg: DictConfig) -> dict[str, list[float]]:
             run()
         end.record()
         torch.cuda.synchronize()
-        return start.elapsed_time(end) / repeats
+        return float(start.elapsed_time(end)) / repeats
 
     for run in runs.values():
         run()

@@ -66,9 +66,12 @@ class System:
         tokens = round((seqlen * seqlen / world) ** 0.5 / 256) * 256 if self.single else seqlen // world
         if self.single:
             self.flops = 4 * tokens * tokens / 2 * cfg.heads * cfg.head_dim
-        make = lambda heads: torch.randn(1, tokens, heads, cfg.head_dim, device=device, dtype=getattr(torch, cfg.dtype))  # noqa: E731
-        self.q, self.k, self.v = (make(h).requires_grad_() for h in (cfg.heads, cfg.kv_heads, cfg.kv_heads))
-        self.dout = make(cfg.heads)
+
+        def normal(heads: int) -> torch.Tensor:
+            return torch.randn(1, tokens, heads, cfg.head_dim, device=device, dtype=getattr(torch, cfg.dtype))
+
+        self.q, self.k, self.v = (normal(h).requires_grad_() for h in (cfg.heads, cfg.kv_heads, cfg.kv_heads))
+        self.dout = normal(cfg.heads)
         self.attend = self._attend(name, cfg, seqlen)
 
     def _attend(self, name: str, cfg: DictConfig, seqlen: int) -> Callable[..., torch.Tensor]:
@@ -123,7 +126,8 @@ def measure(cfg: DictConfig, seqlen: int, device: torch.device, say: Callable[[s
         failed = torch.zeros(1, device=device)
         try:
             system = System(name, cfg, seqlen, device)
-            system.forward(), system.both()
+            system.forward()
+            system.both()
         except Exception:
             failed += 1
             say(f"{name} at {seqlen}: {traceback.format_exc(limit=-3)[-600:]}")

@@ -107,6 +107,7 @@ def kernel_for(call: Call, plan: Plan) -> Kernel:
         deterministic=call.deterministic,
         needs_grad=call.needs_grad,
         dlse=call.with_lse and call.needs_grad,
+        positive_scale=call.scale > 0,
         banded=any(not part.slices.simple for step in plan.steps for part in step.parts),
     )
     kernel = choose(call.backend, problem)

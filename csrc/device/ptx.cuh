@@ -340,13 +340,13 @@ __device__ __forceinline__ void scale_rows_unless_one(float (&d)[N], float upper
   RF_MUL4(68, 69, 70, 71) \
   RF_MUL4(72, 73, 74, 75) \
   RF_MUL4(76, 77, 78, 79) RF_MUL4(80, 81, 82, 83) RF_MUL4(84, 85, 86, 87) RF_MUL4(88, 89, 90, 91) RF_MUL4(92, 93, 94, 95)
-#define RF_MUL128                                                                                                 \
-  RF_MUL96                                                                                                        \
-  RF_MUL4(96, 97, 98, 99)                                                                                         \
-  RF_MUL4(100, 101, 102, 103)                                                                                     \
-  RF_MUL4(104, 105, 106, 107)                                                                                     \
-  RF_MUL4(108, 109, 110, 111) RF_MUL4(112, 113, 114, 115) RF_MUL4(116, 117, 118, 119) RF_MUL4(120, 121, 122, 123) \
-      RF_MUL4(124, 125, 126, 127)
+#define RF_MUL128             \
+  RF_MUL96                    \
+  RF_MUL4(96, 97, 98, 99)     \
+  RF_MUL4(100, 101, 102, 103) \
+  RF_MUL4(104, 105, 106, 107) \
+  RF_MUL4(108, 109, 110, 111) \
+  RF_MUL4(112, 113, 114, 115) RF_MUL4(116, 117, 118, 119) RF_MUL4(120, 121, 122, 123) RF_MUL4(124, 125, 126, 127)
 #define RF_SCALE_ROWS(N, i0, i1)                                                                                \
   template <>                                                                                                   \
   __device__ __forceinline__ void scale_rows_unless_one<N>(float (&d)[N], float upper, float lower) {           \

@@ -30,7 +30,8 @@ class Problem:
 
     device: its type, "cuda", "cpu", ... capability: CUDA compute capability (major, minor), None elsewhere. head_dim: of q and k.
     softcap: scores are capped. deterministic: gradients must repeat bitwise. needs_grad: backward will be called. dlse: the
-    log-sum-exp is differentiated. banded: some Slice is neither full nor bounded from above only (causal).
+    log-sum-exp is differentiated. banded: some Slice is neither full nor bounded from above only (causal). positive_scale: scores
+    keep their order.
     """
 
     device: str
@@ -45,6 +46,7 @@ class Problem:
     needs_grad: bool = False
     dlse: bool = False
     banded: bool = False
+    positive_scale: bool = True
 
     @classmethod
     def of(

@@ -170,7 +170,7 @@ class Cpu:
         state = Running.of(q, v, carry)
         if not (q.shape[0] and q.shape[2] and len(slices)):
             return state.result(finish)
-        if not reference.all_finite(q, k, v):
+        if scale <= 0 or not reference.all_finite(q, k, v):  # torch multiplies its -inf of masked scores by the scale
             return reference.KERNEL.forward(q, k, v, slices, scale=scale, carry=carry, finish=finish)
         tiles = _Tiles(q, k, v, max(q.shape[3], v.shape[3]))
         for s, n in repeats(slices):
@@ -214,7 +214,7 @@ class Cpu:
         assert not softcap, "the cpu backend refuses softcap"
         if not (q.shape[0] and q.shape[2] and len(slices)):
             return
-        if not (reference.all_finite(q, k, v, dout, delta) and bool(lse.amax() < torch.inf)):
+        if scale <= 0 or not (reference.all_finite(q, k, v, dout, delta) and bool(lse.amax() < torch.inf)):
             reference.KERNEL.backward(dout, q, k, v, out, lse, delta, slices, scale=scale, dq=dq, dk=dk, dv=dv)
             return
         if out is None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ringflash import ops
-from ringflash.kernels import tiles
+from ringflash.kernels import hopper_backward, tiles
 from ringflash.slices import Slices
 
 if TYPE_CHECKING:
@@ -134,15 +134,11 @@ class HopperKernel:
         for word, size in (("head_dim", problem.head_dim), ("head_dim of v", problem.head_dim_v)):
             if size % 8 or not 0 < size <= MAX_HEAD_DIM:
                 return f"needs a {word} that is a multiple of 8 up to {MAX_HEAD_DIM}, got {size}"
+        if not problem.positive_scale:
+            return "needs a positive scale"
         if _library() is None:
             return "this installation was built without the Hopper kernels"
-        if problem.needs_grad:
-            try:
-                from ringflash.kernels import hopper_backward
-            except ModuleNotFoundError:
-                return "its backward is not part of this installation"
-            return hopper_backward.refuses(problem)
-        return None
+        return hopper_backward.refuses(problem) if problem.needs_grad else None
 
     def forward(
         self,
@@ -273,8 +269,6 @@ class HopperKernel:
         deterministic: bool = False,
     ) -> None:
         """Adds the gradients of the Slices into dq, dk, dv; the contract is ``ringflash.kernels.Kernel.backward``."""
-        from ringflash.kernels import hopper_backward
-
         hopper_backward.backward(
             dout, q, k, v, out, lse, delta, slices,
             scale=scale, softcap=softcap, dq=dq, dk=dk, dv=dv, deterministic=deterministic, sm_margin=self.sm_margin,

@@ -26,7 +26,7 @@ WRITE_COST, ADD_COST = 1.0, 4.0
 converts)."""
 GROUP_BYTES = {64: 8 << 20, 256: 32 << 20}
 """By head dim, up to: share of the L2 that the queries, dout and dq of the heads in work at the same time may take. Measured on
-an H200 with 8 and 32 MB, TFLOP/s: D 64 at 4k tokens 500 and 429 full, 468 and 435 causal; D 128 at 8k 572 and 566, 552 and 570."""
+an H200 with 8 and 32 MB, TFLOP/s: D 64 at 4k tokens 500, 429 full and 468, 435 causal; D 128 at 8k 572, 566 and 552, 570."""
 SIMULATED_ITEMS = 8192
 """How much of the end of a list its duration is simulated for."""
 FAR = 1 << 29

@@ -105,12 +105,16 @@ def differentiate(case: Case, x: Inputs, exact: Results, *, deterministic: bool 
 
 
 def agree(given: Sequence[Tensor], exact: Results, plain: Results) -> None:
-    """Errors are at most twice those of plain torch in the same dtype, and one rounding of P and dS."""
+    """Errors are at most twice those of plain torch in the same dtype, and one rounding of P and dS.
+
+    Where dP and delta cancel (a row that sees one key), what is left of a gradient is their float32 rounding: about 2^-20 of
+    sqrt(D) per element, for standard normal inputs and a scale of 1/sqrt(D).
+    """
     eps = torch.finfo(plain.dq.dtype).eps
     for name, value in zip(("dq", "dk", "dv"), given, strict=True):
         want = getattr(exact, name)
         error, fair = ((y.double() - want).norm() for y in (value, getattr(plain, name)))
-        assert error <= 2 * fair + eps / 2 * want.norm() + 1e-6, f"{name}: {error / want.norm():.2e}"
+        assert error <= 2 * fair + eps / 2 * want.norm() + 2**-20 * want.numel() ** 0.5, f"{name}: {error / want.norm():.2e}"
 
 
 def exact_and_plain(case: Case, x: Inputs, **options: float) -> tuple[Results, Results]:
@@ -157,7 +161,7 @@ def test_very_negative_lse(D: int) -> None:
     """exp(0 - lse) of a key past the end would overflow float16."""
     case = Case("all scores far below zero", 1, 300, 333, 2, 2, [(0, 300, 0, 333, -OPEN, OPEN)])
     x = inputs_of(case, torch.float16, D, D)
-    x = Inputs((x.q.abs() * 4).to(torch.float16), -x.k.abs(), x.v, None, x.dout, None)
+    x = Inputs((x.q.abs() * 16).to(torch.float16), -x.k.abs(), x.v, None, x.dout, None)
     exact, plain = exact_and_plain(case, x, scale=D**-0.5)
     assert exact.lse.max() < -20
     agree(differentiate(case, x, exact, scale=D**-0.5), exact, plain)
