@@ -10,8 +10,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ringflash import ops
-
 
 def merge_(out: Tensor, lse: Tensor, out_part: Tensor, lse_part: Tensor) -> None:
     """Merges ``(out_part, lse_part)`` into ``(out, lse)`` in place:
@@ -22,18 +20,23 @@ def merge_(out: Tensor, lse: Tensor, out_part: Tensor, lse_part: Tensor) -> None
     or float64), out_part any floating dtype. Nothing overflows at any lse, two empty rows stay empty without a NaN, and the
     side of a row whose lse is -inf is not read.
     """
-    if out.is_cuda and ops.library() is not None:
+    if out.is_cuda:
+        from ringflash import ops  # noqa: F401  (registers the operator; it takes the formula from here)
+
         torch.ops.ringflash.merge_(out, lse, out_part, lse_part)
     else:
-        _merge_torch_(out, lse, out_part, lse_part)
+        merge_torch_(out, lse, out_part, lse_part)
 
 
-def _merge_torch_(out: Tensor, lse: Tensor, out_part: Tensor, lse_part: Tensor) -> None:
+def merge_torch_(out: Tensor, lse: Tensor, out_part: Tensor, lse_part: Tensor) -> None:
+    """The same in plain torch."""
     # From the difference, which is exact for close values, not from lse': at lse = 1e4, float32 knows lse' only to 1e-3, and
     # weights formed with it would not add up to 1.
     difference = lse_part - lse
-    weight_part = torch.sigmoid(difference)
-    weight = torch.sigmoid(-difference)
+    # 0, or NaN for an lse of +inf, as one pass over all keys would give.
+    infinite = torch.relu(lse).mul_(0.0).add_(torch.relu(lse_part).mul_(0.0))
+    weight_part = torch.sigmoid(difference).add_(infinite)
+    weight = torch.sigmoid(-difference).add_(infinite)
     empty, empty_part = lse.isneginf(), lse_part.isneginf()
     lse.copy_(torch.logaddexp(lse, lse_part))
     if out.is_cuda or bool((empty | empty_part).any()):  # on CUDA, asking would wait for the device

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ringflash import env
+from ringflash.merge import merge_torch_
 
 ABI_VERSION = 1
 """Must equal ``RF_ABI_VERSION`` in ``csrc/api.h``."""
@@ -130,37 +131,17 @@ def _check_merge(out: Tensor, lse: Tensor, out_part: Tensor, lse_part: Tensor) -
         raise ValueError(f"merge_: the last dim of out must be contiguous, its strides are {tuple(out.stride())}")
 
 
-def _merge_reference(out: Tensor, lse: Tensor, out_part: Tensor, lse_part: Tensor) -> None:
-    """Merges (out_part, lse_part) into (out, lse) in place, in plain torch, on any device and dtype.
-
-    out, out_part: (B, S, H, D); lse, lse_part: (B, H, S), natural log. Row by row
-
-        lse' = log(exp(lse) + exp(lse_part)),    out' = out exp(lse - lse') + out_part exp(lse_part - lse')
-
-    with the larger exponent taken out first, so that nothing overflows. (0, -inf) is the unit: a side whose lse is -inf has
-    weight 0 (its out must be finite; kernels write 0), and two such sides stay (0, -inf). An lse of +inf or NaN makes its row
-    NaN, as one pass over all keys would.
-    """
+def _merge_anywhere(out: Tensor, lse: Tensor, out_part: Tensor, lse_part: Tensor) -> None:
+    """The merge in plain torch, on any device and dtype."""
     _check_merge(out, lse, out_part, lse_part)
-    larger = torch.maximum(lse, lse_part)
-    shift = larger.masked_fill(~larger.isfinite(), 0.0)
-    mine, theirs = (lse - shift).exp_(), (lse_part - shift).exp_()
-    total = mine + theirs  # in [1, 2], or 0 for two empty sides
-    lse.copy_(shift.add_(total.log()))
-    total.clamp_min_(1.0)
-    out.mul_(_per_row(mine.div_(total))).addcmul_(out_part.to(out.dtype), _per_row(theirs.div_(total)))
-
-
-def _per_row(x_BHS: Tensor) -> Tensor:
-    """(B, H, S) -> (B, S, H, 1)."""
-    return x_BHS.transpose(1, 2).unsqueeze(-1)
+    merge_torch_(out, lse, out_part, lse_part)
 
 
 def _merge_cuda(out: Tensor, lse: Tensor, out_part: Tensor, lse_part: Tensor) -> None:
     """The library's fused pass for a float32 state; plain torch for a float64 state and for an installation without library."""
     lib = library()
     if lib is None or out.dtype != torch.float32 or out_part.dtype not in DTYPES:
-        _merge_reference(out, lse, out_part, lse_part)
+        _merge_anywhere(out, lse, out_part, lse_part)
         return
     _check_merge(out, lse, out_part, lse_part)
     B, S, H, D = out.shape
@@ -186,6 +167,6 @@ def _merge_cuda(out: Tensor, lse: Tensor, out_part: Tensor, lse_part: Tensor) ->
         check(lib, "rf_merge", lib.rf_merge(ctypes.byref(params), stream))
 
 
-LIBRARY.impl("merge_", _merge_reference, "CompositeExplicitAutograd")
+LIBRARY.impl("merge_", _merge_anywhere, "CompositeExplicitAutograd")
 LIBRARY.impl("merge_", _merge_cuda, "CUDA")
 torch.library.register_fake("ringflash::merge_", _check_merge, lib=LIBRARY)

@@ -12,7 +12,7 @@ from torch import Tensor
 from ringflash import kernels
 from ringflash.kernels import Kernel, Problem, sdpa
 from ringflash.kernels.decompose import banded
-from ringflash.merge import _merge_torch_, merge_
+from ringflash.merge import merge_, merge_torch_
 from ringflash.slices import Slices
 from ringflash.testing.oracle import Inputs, Results
 from ringflash.testing.slice_cases import CASES, INF, SliceCase, documents, make_slice_inputs, run_kernel, to_device, visible
@@ -277,7 +277,7 @@ def test_merge(part_dtype: torch.dtype, rows: slice) -> None:
     out.masked_fill_(lse.isneginf().transpose(1, 2).unsqueeze(-1), 0.0)
     part = part.to(part_dtype)
     on_device = [x.to(DEVICE) for x in (out, lse, part, lse_part)]
-    for merge, (o, s, p, t) in ((_merge_torch_, (out, lse, part, lse_part)), (merge_, on_device)):
+    for merge, (o, s, p, t) in ((merge_torch_, (out, lse, part, lse_part)), (merge_, on_device)):
         merge(o[:, rows], s[:, :, rows], p[:, rows], t[:, :, rows])
     torch.testing.assert_close(on_device[0].cpu(), out, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(on_device[1].cpu(), lse, rtol=1e-5, atol=1e-5)
