@@ -26,8 +26,6 @@ from ringflash.launch import world as worlds
 from ringflash.mask import Mask
 from ringflash.options import Parser, at_least_one, size
 from ringflash.parallel.context import ContextParallel
-from ringflash.parallel.layout import make_layout
-from ringflash.parallel.plan import PlanKey, Schedule, make_plan
 from ringflash.testing.cases import DTYPES
 from ringflash.testing.oracle import Inputs, Results, dense_attention
 from ringflash.testing.tolerance import FLOAT64_TOLERANCE, accumulate_dtype, relative_error
@@ -192,10 +190,7 @@ def _local(x: Tensor, dim: int, cp: ContextParallel | None) -> Tensor:
 
 def _kernel(inputs: Inputs, question: Question, backend: str) -> str:
     """The kernel that one device chooses."""
-    layout = make_layout("contiguous", inputs.q.shape[1], 1)
-    plan = make_plan(PlanKey(question.mask, layout, layout, Schedule(), inputs.q.shape[2], inputs.k.shape[2], 0))
-    banded = any(not part.slices.simple for part in plan.steps[0].parts)
-    wishes = {"softcap": question.softcap > 0, "dlse": question.dlse, "needs_grad": True, "banded": banded}
+    wishes = {"softcap": question.softcap > 0, "dlse": question.dlse, "needs_grad": True}
     return choose(backend, Problem.of(inputs.q, inputs.k, inputs.v, **wishes)).name
 
 
