@@ -117,8 +117,37 @@ def _library() -> str:
     return f"{library._name}, ABI {library.rf_abi_version()}, {hopper} Hopper kernels"
 
 
+def _kernels() -> list[tuple[str, str]]:
+    """A row per backend: available for the most usual problem on this machine's device, or why not."""
+    import torch
+
+    from ringflash.kernels import NAMES, Problem, explain_choice
+
+    gpu = torch.cuda.is_available()
+    capability = torch.cuda.get_device_capability() if gpu else None
+    problem = Problem(
+        device="cuda" if gpu else "cpu",
+        capability=capability,
+        dtype=torch.bfloat16,
+        head_dim=128,
+        head_dim_v=128,
+        heads=32,
+        kv_heads=32,
+    )
+    try:
+        found = explain_choice(problem)
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        return [(f"kernel {name}", f"cannot be asked: {error}") for name in NAMES]
+    chosen = next((name for name, reason in found if reason is None), None)
+    rows = []
+    for name, reason in found:
+        able = "available; auto takes it for bfloat16, head_dim 128" if name == chosen else "available"
+        rows.append((f"kernel {name}", able if reason is None else f"no: {' '.join(reason.split())}"))
+    return rows
+
+
 def describe() -> list[tuple[str, str]]:
-    """(name, value) rows for people: versions, library, devices, environment. Never raises for what is missing."""
+    """(name, value) rows for people: versions, library, devices, kernels, environment. Never raises for what is missing."""
     import torch
     import torch.distributed as dist
 
@@ -141,6 +170,7 @@ def describe() -> list[tuple[str, str]]:
     else:
         rows.append(("NCCL", "none"))
     rows.append(("gloo", "yes" if dist.is_available() and dist.is_gloo_available() else "none"))
+    rows += _kernels()
     for variable in VARIABLES:
         given = os.environ.get(variable.name)
         rows.append((variable.name, given if given else f"(unset: {variable.default or 'nothing'})"))

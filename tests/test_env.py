@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from ringflash import env
+from ringflash import env, kernels
+from ringflash.kernels import NAMES
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -77,5 +78,18 @@ def test_describe_names_everything_and_every_variable(monkeypatch: pytest.Monkey
     for name in ("python", "torch", "torch CUDA", "library", "nvcc", "NCCL", "gloo", *(v.name for v in env.VARIABLES)):
         assert rows[name], name
     assert "GPUs" in rows or "GPU 0" in rows
+    assert {f"kernel {name}" for name in NAMES} == {name for name in rows if name.startswith("kernel ")}
+    assert all(rows[f"kernel {name}"].startswith(("available", "no: ")) for name in NAMES)
+    assert sum("auto takes it" in value for value in rows.values()) == 1
+    assert rows["kernel reference"].startswith("available")
     assert rows[env.TIMEOUT_S.name] == "7"
     assert rows[env.LOG.name] == "(unset: nothing)"
+
+
+def test_describe_survives_kernels_that_cannot_be_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(problem: kernels.Problem) -> list[tuple[str, str | None]]:
+        raise OSError("no such symbol")
+
+    monkeypatch.setattr(kernels, "explain_choice", broken)
+    rows = dict(env.describe())
+    assert [rows[f"kernel {name}"] for name in NAMES] == ["cannot be asked: no such symbol"] * len(NAMES)
