@@ -12,7 +12,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ringflash.options import MASKS, Parser, at_least_one, lengths, read_mask, size
+from ringflash.options import MASKS, Parser, at_least_one, check_picture, layout_name, lengths, read_mask, schedule_name, size
 
 if TYPE_CHECKING:
     from ringflash.mask import Mask
@@ -20,6 +20,11 @@ if TYPE_CHECKING:
     from ringflash.parallel.plan import Plan
     from ringflash.parallel.tables import Tables
     from ringflash.simulated import SimulatedWorld
+
+ALL_RANKS = 512
+"""Plans that ``--rank all`` makes and prints at most: each takes time and memory in proportion to the world."""
+
+TRAIN_EXTRA = "pip install '.[train]' in ringflash's source folder"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -69,7 +74,7 @@ def _hand_over(command: str, arguments: list[str]) -> int:
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("ringflash"):
             raise
-        print(f"ringflash {command}: {error.name} is not installed; try: pip install 'ringflash[train]'", file=sys.stderr)
+        print(f"ringflash {command}: {error.name} is not installed; try: {TRAIN_EXTRA}", file=sys.stderr)
         return 2
 
 
@@ -156,8 +161,12 @@ def _plan(options: argparse.Namespace) -> int:
     from ringflash.parallel.cost import Shape, predict_all
     from ringflash.simulated import SimulatedWorld
 
+    if options.picture:
+        check_picture(options.picture)
+        if options.queries:
+            raise ValueError("--picture shows whole sequences; leave --queries out")
     mask, seqlen = read_problem(options)
-    queries = size("--queries", options.queries) if options.queries else seqlen
+    queries = at_least_one("--queries", size("--queries", options.queries)) if options.queries else seqlen
     for name in ("heads", "head_dim", "batch", "world"):
         at_least_one(f"--{name.replace('_', '-')}", getattr(options, name))
     kv_heads = at_least_one("--kv-heads", options.heads if options.kv_heads is None else options.kv_heads)
@@ -167,7 +176,8 @@ def _plan(options: argparse.Namespace) -> int:
         raise ValueError(f"--queries {queries} are more than the {seqlen} tokens of the sequence")
     dims = options.head_dim, at_least_one("--head-dim-v", options.head_dim_v or options.head_dim)
     mask.check(queries, seqlen)
-    world = SimulatedWorld(options.world, options.layout, options.schedule, ulysses=options.ulysses, inner=options.inner)
+    layout, schedule = layout_name(options.layout), schedule_name(options.schedule)
+    world = SimulatedWorld(options.world, layout, schedule, ulysses=options.ulysses, inner=options.inner)
     world = world.for_mask(mask)
     wanted = _ranks(options.rank, options.world)
     tables = _tables(options, world, seqlen)
@@ -201,8 +211,6 @@ def _explained(
 def _draw(
     options: argparse.Namespace, world: SimulatedWorld, mask: Mask, seqlen: int, kv_heads: int, dtype_bytes: int, tables: Tables
 ) -> None:
-    if options.queries:
-        raise ValueError("--picture shows whole sequences; leave --queries out")
     try:
         from ringflash.parallel.picture import draw_plan
 
@@ -211,7 +219,7 @@ def _draw(
             batch=options.batch, dtype_bytes=dtype_bytes, tables=tables,
         )  # fmt: skip
     except ModuleNotFoundError as error:
-        raise ValueError(f"--picture needs {error.name}; try: pip install 'ringflash[train]'") from error
+        raise ValueError(f"--picture needs {error.name}; try: {TRAIN_EXTRA}") from error
     print(f"picture {options.picture}", file=sys.stderr)
 
 
@@ -236,6 +244,10 @@ def _tables(options: argparse.Namespace, world: SimulatedWorld, seqlen: int) -> 
 
 def _ranks(text: str, world: int) -> list[int]:
     if text == "all":
+        if world > ALL_RANKS:
+            raise ValueError(
+                f"--rank all is for up to {ALL_RANKS} ranks, got --world {world}; give one rank, for example --rank 0"
+            )
         return list(range(world))
     if not text.isdigit() or int(text) >= world:
         raise ValueError(f"--rank {text} is none of the ranks 0 to {world - 1}; give one of them, or all")
@@ -340,7 +352,9 @@ def read_problem(options: argparse.Namespace) -> tuple[Mask, int]:
     mask = masks[0]
     for other in masks[1:]:
         mask = mask & other
-    return mask, size("--seqlen", options.seqlen) if options.seqlen is not None else totals[0]
+    if options.seqlen is None:
+        return mask, at_least_one("the sum of the documents' lengths", totals[0])
+    return mask, at_least_one("--seqlen", size("--seqlen", options.seqlen))
 
 
 def _windowed(mask: Mask, window: int) -> Mask:

@@ -19,6 +19,9 @@ MASKS = """masks (repeat --mask for the intersection; sizes may end in k or M, 1
 LENGTHS: of packed documents, as 4096x32,131072 (32 of 4,096 tokens and one of 131,072), or @FILE with numbers"""
 
 
+PICTURES = (".png", ".pdf", ".svg")
+
+
 class Parser(argparse.ArgumentParser):
     """A parser that says in one line what is wrong, and ends with exit code 2."""
 
@@ -39,6 +42,32 @@ def at_least_one(name: str, value: int) -> int:
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
     return value
+
+
+def layout_name(text: str) -> str:
+    """The name of a --layout."""
+    from ringflash.parallel.layout import KINDS
+
+    if text not in KINDS:
+        raise ValueError(f"unknown layout {text!r}; allowed are {', '.join(KINDS)}")
+    return text
+
+
+def schedule_name(text: str) -> str:
+    """The name of a --schedule, possibly with the chunks of a stage."""
+    from ringflash.parallel.plan import SCHEDULES
+
+    if text not in SCHEDULES and not re.fullmatch(r"staged:0*[1-9]\d*", text):
+        raise ValueError(
+            f"unknown schedule {text!r}; allowed are {', '.join(SCHEDULES)}, staged:K (K chunks a stage, at least 1)"
+        )
+    return text
+
+
+def check_picture(text: str) -> None:
+    """ValueError unless the file of a --picture is of a kind that is drawn."""
+    if Path(text).suffix.lower() not in PICTURES:
+        raise ValueError(f"--picture {text} must end in {', '.join(PICTURES[:-1])} or {PICTURES[-1]}")
 
 
 def lengths(text: str) -> list[int]:

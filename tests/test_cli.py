@@ -174,8 +174,16 @@ WRONG = [
     ("plan --seqlen 9 --world 0", "--world must be at least 1, got 0"),
     ("plan --seqlen 9 --heads 3 --kv-heads 2", "--heads 3 is no multiple of --kv-heads 2"),
     ("plan --seqlen 9 --heads many", "argument --heads: invalid int value: 'many'"),
-    ("plan --seqlen 9 --layout spiral", "unknown layout 'spiral'; allowed are"),
-    ("plan --seqlen 9 --schedule rings", "unknown schedule 'rings'; allowed are"),
+    ("plan --seqlen 9 --layout spiral", "unknown layout 'spiral'; allowed are contiguous, zigzag, striped, balanced\n"),
+    ("plan --seqlen 9 --schedule rings", "staged, ulysses, hybrid, double_ring, staged:K (K chunks a stage, at least 1)\n"),
+    ("plan --seqlen 9 --schedule staged:0", "unknown schedule 'staged:0'; allowed are auto, ring, "),
+    ("plan --seqlen 0", "--seqlen must be at least 1, got 0"),
+    ("plan --documents 0,0", "the sum of the documents' lengths must be at least 1, got 0"),
+    ("plan --seqlen 9 --queries 0", "--queries must be at least 1, got 0"),
+    ("plan --seqlen 9 --picture x.foo", "--picture x.foo must end in .png, .pdf or .svg"),
+    ("plan --seqlen 9 --picture x", "--picture x must end in .png, .pdf or .svg"),
+    ("plan --seqlen 9 --picture x.png --queries 3", "--picture shows whole sequences; leave --queries out"),
+    ("plan --seqlen 9k --world 513 --rank all", "--rank all is for up to 512 ranks, got --world 513; give one rank"),
     ("plan --seqlen 9 --schedule hybrid --ulysses 3", "ulysses=3 does not divide the 8 ranks"),
     ("plan --seqlen 9 --rank 8", "--rank 8 is none of the ranks 0 to 7"),
     ("plan --seqlen 9 --queries 10", "--queries 10 are more than the 9 tokens"),
@@ -202,7 +210,10 @@ def test_a_missing_package_is_named_with_the_extra(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(cli.importlib, "import_module", without_hydra)
     assert cli.main(["train", "steps=3"]) == 2
-    assert capsys.readouterr().err == "ringflash train: hydra is not installed; try: pip install 'ringflash[train]'\n"
+    assert (
+        capsys.readouterr().err
+        == "ringflash train: hydra is not installed; try: pip install '.[train]' in ringflash's source folder\n"
+    )
 
 
 def test_arguments_are_handed_over_untouched(monkeypatch: pytest.MonkeyPatch) -> None:
