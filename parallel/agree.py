@@ -10,9 +10,10 @@ from __future__ import annotations
 import json
 from datetime import timedelta
 from typing import ClassVar
+from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
+from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
 
 from ringflash.parallel.transport import TransportError
 
@@ -20,14 +21,17 @@ from ringflash.parallel.transport import TransportError
 class Agreement:
     """One group's handshakes, counted: the n-th of one rank meets the n-th of the others."""
 
-    _instances: ClassVar[dict[str, int]] = {}  # contexts made so far, by members
+    _instances: ClassVar[WeakKeyDictionary[Store, dict[str, int]]] = WeakKeyDictionary()
+    """Contexts made so far, by members, of each initialisation of torch.distributed."""
 
     def __init__(self, group: dist.ProcessGroup, timeout_s: float) -> None:
         self.rank, self.world, self.timeout_s = dist.get_rank(group), dist.get_world_size(group), timeout_s
         members = ",".join(str(r) for r in dist.get_process_group_ranks(group))
         # The members of a group create their contexts in the same order, so a count tells these apart.
-        Agreement._instances[members] = instance = Agreement._instances.get(members, 0) + 1
-        self.store = PrefixStore(f"ringflash/{members}/{instance}/", _get_default_store())
+        store = _get_default_store()
+        made = Agreement._instances.setdefault(store, {})
+        made[members] = instance = made.get(members, 0) + 1
+        self.store = PrefixStore(f"ringflash/{members}/{instance}/", store)
         self.count = 0
 
     def _key(self, count: int, rank: int) -> str:
@@ -36,9 +40,9 @@ class Agreement:
     def _write(self, facts: dict[str, str] | None, complaint: str | None) -> None:
         self.store.set(self._key(self.count, self.rank), json.dumps({"facts": facts, "complaint": complaint}))
 
-    def refuse(self, error: ValueError) -> None:
+    def refuse(self, error: Exception) -> None:
         """Leaves word of this rank's error for ranks that are, or come, in the same handshake."""
-        self._write(None, str(error))
+        self._write(None, str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}")
         self.count += 1
 
     def gather(self, facts: dict[str, str]) -> dict[int, dict[str, str]]:
@@ -93,7 +97,7 @@ class Agreement:
         except RuntimeError:
             return ""
         if word["complaint"] is not None:
-            return f"it raised ValueError: {word['complaint']}; "
+            return f"it raised an error: {word['complaint']}; "
         return f"it waits for the ranks to agree on another call ({', '.join(f'{k} {v}' for k, v in word['facts'].items())}); "
 
 

@@ -83,7 +83,6 @@ class Sharding:
         return (self.mask or Mask.full()) if mask is None else mask
 
 
-
 class ContextParallel(Sharding):
     """A group of ranks that hold one sequence together.
 
@@ -121,8 +120,12 @@ class ContextParallel(Sharding):
                 size = mesh.size(1)
                 if schedule == "double_ring":
                     inner = size if inner is None else inner
-                elif ulysses == 1:
-                    ulysses = size
+                elif schedule in ("auto", "hybrid"):
+                    ulysses = size if ulysses == 1 else ulysses
+                else:
+                    raise ValueError(
+                        f'a 2-D mesh is for schedules "hybrid" (ring x Ulysses), "auto" and "double_ring", got {schedule}'
+                    )
                 mesh = mesh._flatten()
             if mesh.ndim != 1:
                 raise ValueError(
@@ -219,13 +222,15 @@ class ContextParallel(Sharding):
 
     def position_ids(self, seqlen: int, device: torch.device | str | None = None) -> Tensor:
         """Global positions of this rank's tokens, for RoPE: int64 (S_local,)."""
+        positions = self.positions(seqlen).to(device or "cpu")
         self.last_seqlen = int(seqlen)
-        return self.positions(seqlen).to(device or "cpu")
+        return positions
 
     def shard(self, x: Tensor, dim: int = 1) -> Tensor:
         """This rank's rows of a full tensor that every rank holds. Differentiable; any length."""
+        rows = take(x, self.layout_of(x.shape[dim]), self.rank, dim)
         self.last_seqlen = x.shape[dim]
-        return take(x, self.layout_of(x.shape[dim]), self.rank, dim)
+        return rows
 
     def unshard(self, x: Tensor, dim: int = 1) -> Tensor:
         """The full tensor, on every rank, from the local rows. Differentiable: gradients of all ranks' copies add up.
@@ -292,7 +297,7 @@ def take(x: Tensor, layout: Layout, rank: int, dim: int) -> Tensor:
         pieces.append(x[tuple(index)])
     if not pieces:
         return x.narrow(dim, 0, 0)
-    return pieces[0].contiguous() if len(pieces) == 1 else torch.cat(pieces, dim)
+    return torch.cat(pieces, dim)  # a copy also of one piece: a view would keep the whole tensor alive, and share its memory
 
 
 class _Unshard(torch.autograd.Function):

@@ -104,6 +104,7 @@ class Layout:
         Raises ValueError unless the runs hold every position of a sequence exactly once, with one stride throughout.
         """
         runs = tuple(tuple(Run(*(int(x) for x in run)) for run in rank) for rank in ranks)
+        runs = tuple(tuple(run._replace(stride=1) if run.length == 1 else run for run in rank) for rank in runs)
         if any(r.length < 0 or r.start < 0 or r.stride < 1 for rank in runs for r in rank):
             raise ValueError(f"runs need start >= 0, length >= 0 and stride >= 1, got {runs}")
         layout = cls(

@@ -459,7 +459,7 @@ def _parts(rows: IntArray, residue: IntArray, modulus: int) -> tuple[Part, ...]:
     parts = []
     for c in np.unique(residue).tolist():
         band = rows[residue == c]
-        for q_start in range(modulus):
+        for q_start in range(min(modulus, int(band[:, 1].max()))):
             k_start = (q_start + c) % modulus
             q0, q1, k0, k1, lo, hi = band.T
             view = np.stack(

@@ -23,6 +23,7 @@ from ringflash.parallel.transport import Label, TransportError
 
 @dataclass
 class _Watched:
+    begun: torch.cuda.Event
     event: torch.cuda.Event
     group: dist.ProcessGroup
     rank: int
@@ -30,7 +31,7 @@ class _Watched:
     peers: Sequence[int]
     timeout_s: float
     since: float | None = None
-    """When the transfer became the oldest one under way: the work queued before it takes time of its own."""
+    """When the stream was seen to wait: work queued before, of whatever length, is not the peers' doing."""
 
 
 _watched: deque[_Watched] = deque()
@@ -43,7 +44,16 @@ GRACE_S = 10.0
 """How long the main thread gets to raise after an abort before the process is ended."""
 
 
-def watch(group: dist.ProcessGroup, rank: int, label: Label, peers: Sequence[int], timeout_s: float) -> None:
+def reached() -> torch.cuda.Event:
+    """An event on the current stream, to be recorded right before the wait that `watch` is told of."""
+    event = torch.cuda.Event()
+    event.record()
+    return event
+
+
+def watch(
+    group: dist.ProcessGroup, rank: int, label: Label, peers: Sequence[int], timeout_s: float, begun: torch.cuda.Event
+) -> None:
     """Watches the transfer that the current stream now waits for. Raises the TransportError of an earlier stall."""
     global _thread
     if _failed is not None:
@@ -52,7 +62,7 @@ def watch(group: dist.ProcessGroup, rank: int, label: Label, peers: Sequence[int
         return
     event = torch.cuda.Event()
     event.record()
-    _watched.append(_Watched(event, group, rank, label, peers, timeout_s))
+    _watched.append(_Watched(begun, event, group, rank, label, peers, timeout_s))
     with _lock:
         if _thread is None or not _thread.is_alive():
             _thread = threading.Thread(target=_look, name="ringflash-watchdog", daemon=True)
@@ -60,18 +70,24 @@ def watch(group: dist.ProcessGroup, rank: int, label: Label, peers: Sequence[int
 
 
 def _look() -> None:
+    global _thread
     idle = 0
-    while idle < 50:  # the thread ends some seconds after the last transfer and is started again by the next
+    while True:
         time.sleep(PERIOD_S)
         idle = 0 if _watched else idle + 1
+        with _lock:
+            if idle >= 50 and not _watched:  # some seconds after the last transfer; the next one starts a new thread
+                _thread = None
+                return
         while _watched and _watched[0].event.query():
             _watched.popleft()
         if not _watched:
             continue
         oldest = _watched[0]
         now = time.monotonic()
-        oldest.since = oldest.since or now
-        if now - oldest.since > oldest.timeout_s:
+        if oldest.since is None and oldest.begun.query():
+            oldest.since = now
+        if oldest.since is not None and now - oldest.since > oldest.timeout_s:
             _give_up(oldest)
             return
 

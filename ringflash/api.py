@@ -74,6 +74,8 @@ def check(
         raise ValueError(f"head_dim must be at least 1, got {head_dim} for q and k, {v.shape[3]} for v")
     if not isinstance(mask, Mask):
         raise ValueError(f"mask must be a ringflash.Mask such as Mask.causal(), got {type(mask).__name__}")
+    if sinks is not None and not isinstance(sinks, Tensor):
+        raise ValueError(f"sinks must be a tensor ({heads},) or None, got {type(sinks).__name__}")
     if sinks is not None and (sinks.shape != (heads,) or not sinks.is_floating_point() or sinks.device != q.device):
         raise ValueError(
             f"sinks must be floating point ({heads},) on {q.device}, got {sinks.dtype} {tuple(sinks.shape)} on {sinks.device}"
@@ -108,14 +110,13 @@ def kernel_for(call: Call, plan: Plan) -> Kernel:
         needs_grad=call.needs_grad,
         dlse=call.with_lse and call.needs_grad,
         positive_scale=call.scale > 0,
-        banded=any(not part.slices.simple for step in plan.steps for part in step.parts),
     )
     kernel = choose(call.backend, problem)
     env.logger("kernel").debug("%s for %s", kernel.name, problem)
     return kernel
 
 
-def _facts(call: Call, plan: Plan, kernel: Kernel) -> dict[str, str]:
+def _facts(call: Call, plan: Plan, kernel: Kernel, transport: str) -> dict[str, str]:
     """What the ranks of a group must agree on, by name, as text."""
     (b, _, h, d), (_, _, hk, dv) = call.q_shape, call.v_shape
     key = plan.key
@@ -127,16 +128,17 @@ def _facts(call: Call, plan: Plan, kernel: Kernel) -> dict[str, str]:
         "mask": f"{call.mask!r} #{call.mask.digest()}",
         "layout": f"{key.q_layout.name} #{key.q_layout.digest()}",
         "schedule": str(key.schedule),
-        "scale, softcap, sinks": f"{call.scale:g}, {call.softcap:g}, {call.sinks}",
-        "whether gradients are needed": str(call.needs_grad),
+        "scale, softcap, sinks": f"{call.scale!r}, {call.softcap!r}, {call.sinks}",
+        "whether gradients are needed, and the log-sum-exp": f"{call.needs_grad}, {call.with_lse}",
+        "transport": transport,
         "backend and determinism": f"{kernel.name}, {call.deterministic}",
     }
 
 
-def _prepare(call: Call, cp: ContextParallel) -> tuple[Plan, Kernel]:
+def _prepare(call: Call, cp: ContextParallel, lengths: tuple[int, int]) -> tuple[Plan, Kernel]:
     """Plan and kernel of a call, verified with the other ranks the first time."""
     try:
-        q_len, k_len = cp.global_lengths(call.q_shape[1], call.k_shape[1], call.mask)
+        q_len, k_len = lengths
         call.mask.check(q_len, k_len)
         plan = cp.plan(cp.rank, call.mask, q_len, k_len, call.q_shape[2], call.k_shape[2])
         for name, local, layout in (("q", call.q_shape[1], plan.key.q_layout), ("k and v", call.k_shape[1], plan.key.k_layout)):
@@ -146,10 +148,11 @@ def _prepare(call: Call, cp: ContextParallel) -> tuple[Plan, Kernel]:
                     f"{layout.lengths[cp.rank]}; shard with cp.shard (or tell the lengths with cp.for_lengths)"
                 )
         kernel = kernel_for(call, plan)
-    except ValueError as error:
+    except Exception as error:  # whatever it is, the other ranks must not wait for this one
         cp.agreement.refuse(error)
         raise
-    facts = _facts(call, plan, kernel)
+    whole = "needed rows" if cp.trim else "whole chunks"
+    facts = _facts(call, plan, kernel, f"{cp.transport_name}, {whole}, gaps up to {cp.max_gap} rows")
     cp.agreement.agree(facts)
     env.logger("plan").debug("%s", ", ".join(f"{name}: {value}" for name, value in facts.items()))
     return plan, kernel
@@ -217,7 +220,9 @@ def attention(
     Returns out (B, Sq, H, Dv) in the inputs' dtype. A row that sees nothing is 0 with log-sum-exp -inf.
 
     Raises ValueError, on every rank and before anything is sent, for arguments that do not fit or on which the ranks disagree;
-    TransportError when a rank dies or stays silent. (Ring Attention, Liu et al. 2023; FlashAttention-2, Dao 2023.)
+    TransportError when a rank dies or stays silent. What ranks agree on is verified the first time a call is made with these
+    shapes and options; ranks must make the same calls in the same order. (Ring Attention, Liu et al. 2023; FlashAttention-2,
+    Dao 2023.)
     """
     try:
         if cp is not None and not isinstance(cp, ContextParallel):
@@ -227,21 +232,22 @@ def attention(
         elif mask is None:
             mask = Mask.full()
         call = check(q, k, v, mask, scale, softcap, sinks, backend, deterministic, return_lse)
-    except ValueError as error:
+        lengths = None if cp is None else cp.global_lengths(q.shape[1], k.shape[1], mask)
+    except Exception as error:  # whatever it is, the other ranks must not wait for this one
         if isinstance(cp, ContextParallel):
             cp.agreement.refuse(error)
         raise
-    if cp is None:
+    if cp is None or lengths is None:
         plan, kernel = _alone(call)
-        job = Job(plan, kernel, _NOBODY, call.scale, call.softcap, deterministic)
+        job = Job(plan, kernel, _NOBODY, call.scale, call.softcap, deterministic, return_lse)
     else:
-        key = (call, cp.lengths, cp.last_seqlen, cp.mask)
+        key = (call, lengths, cp.mask)
         if key not in cp.agreed:
             if len(cp.agreed) >= MAX_AGREED:  # the ranks make the same calls in the same order, so all forget the same one
                 del cp.agreed[next(iter(cp.agreed))]
-            cp.agreed[key] = _prepare(call, cp)
+            cp.agreed[key] = _prepare(call, cp, lengths)
         plan, kernel = cp.agreed[key]
-        job = Job(plan, kernel, cp.transport(q.device), call.scale, call.softcap, deterministic)
+        job = Job(plan, kernel, cp.transport(q.device), call.scale, call.softcap, deterministic, return_lse)
     out, lse = Attention.apply((job,), *(row_major(x) for x in (q, k, v)), sinks)  # type: ignore[no-untyped-call]
     return (out, lse) if return_lse else out
 

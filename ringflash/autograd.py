@@ -35,6 +35,8 @@ class Job:
     scale: float
     softcap: float
     deterministic: bool
+    with_lse: bool = False
+    """Whether the caller gets the log-sum-exp, and may differentiate it."""
 
 
 @dataclass
@@ -242,7 +244,9 @@ class Attention(torch.autograd.Function):
         if all(g is None for g in grads):
             return (None,) * (1 + 4 * len(ctx.jobs))
         # A simulated rank whose output was not used takes part with zeros; so does dlse wherever one rank has one.
-        with_dlse = any(g is not None for g in grads[1::2])
+        # Ranks that trade heads must all send dlse or none, also if only some of them used it.
+        trades = any(job.with_lse and job.plan.key.schedule.ulysses > 1 for job in ctx.jobs)
+        with_dlse = trades or any(g is not None for g in grads[1::2])
         loops = []
         for job, state, (dout, dlse) in zip(ctx.jobs, saved, _by_job(grads, 2), strict=True):
             if with_dlse and dlse is None:

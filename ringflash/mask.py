@@ -24,6 +24,10 @@ Span = tuple[int, int]
 """A half-open range of positions."""
 
 
+LARGEST = 1 << 40
+"""Sizes and bounds above this mean the same: no sequence is that long."""
+
+
 @dataclass(frozen=True)
 class Bands:
     """A mask as disjoint bands of positions: ``rows`` (n, 6) with columns q0, q1, k0, k1, lo, hi.
@@ -361,7 +365,7 @@ def _integer(name: str, value: Any, at_least: int = 0, advice: str = "") -> int:
     if not exact or value < at_least:
         hint = f"; {advice}" if advice else ""
         raise ValueError(f"{name} must be an integer of at least {at_least}, got {_short(value)}{hint}")
-    return int(value)
+    return min(int(value), LARGEST)  # sys.maxsize means "no limit"; sums with positions must still fit 64 bits
 
 
 def _short(value: Any) -> str:

@@ -66,7 +66,8 @@ class SimulatedWorld(Sharding):
         jobs = []
         for rank in range(self.world):
             plan = self.plan(rank, mask, q.shape[1], k.shape[1], q.shape[2], k.shape[2])
-            jobs.append(Job(plan, kernel_for(call, plan), Simulated(mailbox, rank), call.scale, call.softcap, deterministic))
+            transport = Simulated(mailbox, rank)
+            jobs.append(Job(plan, kernel_for(call, plan), transport, call.scale, call.softcap, deterministic, return_lse))
         pieces = zip(*(self.shards(row_major(x)) for x in (q, k, v)), strict=True)
         results = Attention.apply(tuple(jobs), *(x for rank in pieces for x in (*rank, sinks)))  # type: ignore[no-untyped-call]
         mailbox.assert_empty()

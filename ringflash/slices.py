@@ -134,12 +134,6 @@ class Slices(Sequence[Slice]):
         full: npt.NDArray[np.bool_] = (lo == k0 - q1 + 1) & (hi == k1 - 1 - q0)
         return full
 
-    @property
-    def simple(self) -> bool:
-        """Whether no Slice has a lower bound: each is full, or a full rectangle beside a causal triangle."""
-        _, q1, k0, _, lo, _ = self.table.T
-        return bool((lo == k0 - q1 + 1).all())
-
     def area(self) -> int:
         """Number of visible (row, key) pairs."""
         return int(area(self.table).sum())

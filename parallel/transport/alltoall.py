@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ringflash.parallel.transport import Label, Message, Pending, Transport
 from ringflash.parallel.transport.p2p import failure
-from ringflash.parallel.watchdog import watch
+from ringflash.parallel.watchdog import reached, watch
 
 
 class AllToAll(Transport):
@@ -59,8 +59,9 @@ class Collective:
         others = [p for p in range(t.world) if p != t.rank]
         try:
             if self.incoming.is_cuda:
+                begun = reached()
                 self.work.wait()
-                watch(t.group, t.rank, self.label, others, t.timeout_s)
+                watch(t.group, t.rank, self.label, others, t.timeout_s, begun)
             else:
                 self.work.wait(timedelta(seconds=t.timeout_s))
         except RuntimeError as error:

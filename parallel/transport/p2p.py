@@ -9,7 +9,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from ringflash.parallel.transport import Label, Message, Pending, Transport, TransportError
-from ringflash.parallel.watchdog import watch
+from ringflash.parallel.watchdog import reached, watch
 
 
 class P2P(Transport):
@@ -51,7 +51,7 @@ class Works:
         t = self.transport
         # NCCL puts a whole batch into one work; its wait only makes the stream wait, and the watchdog sees to the rest.
         cuda = bool(self.tensors) and self.tensors[0].is_cuda  # type: ignore[attr-defined]
-        begin = time.monotonic()
+        begin, begun = time.monotonic(), reached() if cuda and self.works else None
         for i, work in enumerate(self.works):
             peers = [self.peers[i]] if len(self.works) == len(self.peers) else sorted(set(self.peers))
             try:
@@ -61,8 +61,8 @@ class Works:
                     work.wait(timedelta(seconds=max(t.timeout_s - (time.monotonic() - begin), 0.001)))
             except RuntimeError as error:
                 raise failure(t.rank, self.label, peers, t.timeout_s, time.monotonic() - begin, error, t.ask) from error
-        if cuda and self.works:
-            watch(t.group, t.rank, self.label, sorted(set(self.peers)), t.timeout_s)
+        if begun is not None:
+            watch(t.group, t.rank, self.label, sorted(set(self.peers)), t.timeout_s, begun)
         self.works, self.tensors = [], []
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from ringflash.parallel.plan import Plan
 from ringflash.parallel.transport import Label, Message, Pending, Transport
 from ringflash.parallel.transport.p2p import P2P
-from ringflash.parallel.watchdog import watch
+from ringflash.parallel.watchdog import reached, watch
 
 BUFFERS = 2
 WAIT_GEQ = 0
@@ -109,6 +109,8 @@ class Symmetric(Transport):
         return int(self.counters_handle.buffer_ptrs[at]) + 4 * index
 
     def open(self, what: str, plan: Plan, row: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
+        if torch.cuda.is_current_stream_capturing():
+            raise ValueError('transport "symmetric" counts its passes on the host and cannot be captured; use transport="p2p"')
         lane = self.lanes[what]
         lane.passes += 1
         heads = max(len(s.k_index) if s.k_index is not None else s.k1 - s.k0 for s in plan.shares)
@@ -179,8 +181,9 @@ class _Pull:
     def wait(self) -> None:
         if self.done is not None:
             t = self.transport
+            begun = reached()
             torch.cuda.current_stream(t.device).wait_event(self.done)
-            watch(t.group, t.rank, self.label, sorted({m.peer for m in self.receives}), t.timeout_s)
+            watch(t.group, t.rank, self.label, sorted({m.peer for m in self.receives}), t.timeout_s, begun)
         self.receives = []
 
 

@@ -30,7 +30,7 @@ class Problem:
 
     device: its type, "cuda", "cpu", ... capability: CUDA compute capability (major, minor), None elsewhere. head_dim: of q and k.
     softcap: scores are capped. deterministic: gradients must repeat bitwise. needs_grad: backward will be called. dlse: the
-    log-sum-exp is differentiated. banded: some Slice is neither full nor bounded from above only (causal). positive_scale: scores
+    log-sum-exp is differentiated. positive_scale: scores
     keep their order.
     """
 
@@ -45,7 +45,6 @@ class Problem:
     deterministic: bool = False
     needs_grad: bool = False
     dlse: bool = False
-    banded: bool = False
     positive_scale: bool = True
 
     @classmethod
@@ -59,7 +58,6 @@ class Problem:
         deterministic: bool = False,
         needs_grad: bool = False,
         dlse: bool = False,
-        banded: bool = False,
     ) -> Problem:
         """The problem that these tensors (B, S, H, D) pose."""
         return cls(
@@ -74,13 +72,12 @@ class Problem:
             deterministic=deterministic,
             needs_grad=needs_grad,
             dlse=dlse,
-            banded=banded,
         )
 
     def __str__(self) -> str:
         device = self.device if self.capability is None else f"{self.device} {self.capability[0]}.{self.capability[1]}"
         dims = f"{self.head_dim}" if self.head_dim == self.head_dim_v else f"{self.head_dim}/{self.head_dim_v}"
-        wishes = [w for w in ("softcap", "deterministic", "needs_grad", "dlse", "banded") if getattr(self, w)]
+        wishes = [w for w in ("softcap", "deterministic", "needs_grad", "dlse") if getattr(self, w)]
         return ", ".join(
             [device, str(self.dtype).removeprefix("torch."), f"head_dim {dims}", f"heads {self.heads}/{self.kv_heads}", *wishes]
         )

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ringflash import kernels
 from ringflash.kernels import Kernel, Problem, sdpa
-from ringflash.kernels.decompose import banded
 from ringflash.merge import merge_, merge_torch_
 from ringflash.slices import Slices
 from ringflash.testing.oracle import Inputs, Results
@@ -63,7 +62,7 @@ def kernel_for(backend: str, inputs: Inputs, slices: Slices, **wishes: bool) -> 
         pytest.skip(f"{backend} is not part of this installation")
     dlse = inputs.dlse is not None
     problem = Problem.of(
-        inputs.q.to(DEVICE), inputs.k, inputs.v, needs_grad=True, dlse=dlse, banded=banded(slices), **wishes
+        inputs.q.to(DEVICE), inputs.k, inputs.v, needs_grad=True, dlse=dlse, **wishes
     )  # fmt: skip
     if (reason := kernel.refuses(problem)) is not None:
         pytest.skip(f"{backend}: {reason}")
