@@ -129,9 +129,12 @@ class Symmetric(Transport):
     def lease(self, label: Label, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         lane, index = self.lanes[label.what], self._index(label)
         buffer, stream = lane.buffers[index], torch.cuda.current_stream(device)
-        for peer, count in buffer.readers.items():
-            _await(stream, self._counter(self.rank, label.what, "done", peer), count)
-        buffer.readers.clear()
+        if buffer.readers:
+            begun = reached()
+            for peer, count in buffer.readers.items():
+                _await(stream, self._counter(self.rank, label.what, "done", peer), count)
+            watch(self.group, self.rank, label, sorted(buffer.readers), self.timeout_s, begun)
+            buffer.readers.clear()
         buffer.ready = None
         assert lane.memory is not None
         n = dtype.itemsize
