@@ -15,6 +15,9 @@ from typing import Any
 
 import torch
 
+from ringflash.parallel.context import TRANSPORTS
+from ringflash.parallel.plan import make_schedule
+
 
 def _option(default: Any, meaning: str) -> Any:
     return field(default=default, metadata={"help": meaning})
@@ -60,6 +63,8 @@ class ParallelConfig:
     layout: str = _option("zigzag", "contiguous | zigzag | striped | balanced")
     schedule: str = _option("auto", "when keys and values move; see ringflash plan")
     ulysses: int = _option(1, "ranks that exchange heads for sequence inside the context-parallel group")
+    inner: int = _option(0, "ranks of one fast-linked group, for schedule=double_ring; 0 is none")
+    transport: str = _option("auto", "auto | p2p | alltoall | allgather (schedule=allgather only) | symmetric (cuda)")
     dp: int = _option(1, "data-parallel replicas; each has ranks / dp ranks and its own sequences")
     backend: str = _option("auto", "attention kernel; see ringflash env")
     timeout_s: float = _option(120.0, "a rank that says nothing for so long is given up")
@@ -162,11 +167,17 @@ def check(config: TrainConfig) -> None:
         _require(_get(config, key) >= 1, key, config, "at least 1")
     for key in ("layers", "dim", "heads", "kv_heads", "head_dim", "ffn_dim"):
         _require(_get(config, f"model.{key}") >= 1, f"model.{key}", config, "at least 1")
-    for key in ("ranks", "optimizer.warmup", "optimizer.clip", "checkpoint.every", "evaluation.every"):
+    for key in ("ranks", "optimizer.warmup", "optimizer.clip", "checkpoint.every", "evaluation.every", "parallel.inner"):
         _require(_get(config, key) >= 0, key, config, "at least 0")
     for key in ("parallel.timeout_s", "log_every_s", "optimizer.lr"):
         _require(_get(config, key) > 0, key, config, "more than 0")
-    for key, allowed in (("machine.device", DEVICES), ("machine.dtype", DTYPES), ("parallel.layout", LAYOUTS)):
+    names = {
+        "machine.device": DEVICES,
+        "machine.dtype": DTYPES,
+        "parallel.layout": LAYOUTS,
+        "parallel.transport": TRANSPORTS,
+    }
+    for key, allowed in names.items():
         _require(_get(config, key) in allowed, key, config, " or ".join(allowed))
     _require(0 < config.data.validation < 1, "data.validation", config, "between 0 and 1")
     _require(
@@ -178,6 +189,17 @@ def check(config: TrainConfig) -> None:
     _require(config.model.head_dim % 2 == 0, "model.head_dim", config, "even: RoPE turns pairs")
     _require(all(w >= 0 for w in config.model.windows), "model.windows", config, "a list of windows in tokens, 0 for none")
     _require(config.batch % config.parallel.dp == 0, "batch", config, f"divisible by parallel.dp={config.parallel.dp}")
+    parallel = config.parallel
+    if parallel.schedule == "double_ring":
+        _require(parallel.inner >= 1, "parallel.inner", config, "the ranks of one fast-linked group for double_ring, at least 1")
+    else:
+        _require(parallel.inner <= 1, "parallel.inner", config, f"0 for parallel.schedule={parallel.schedule}")
+    if parallel.transport == "symmetric":
+        _require(config.machine.device == "cuda", "parallel.transport", config, "another one with machine=cpu")
+        _require(parallel.schedule != "double_ring", "parallel.transport", config, "another one with double_ring")
+    if parallel.transport == "allgather":
+        plain = parallel.schedule == "allgather" and parallel.ulysses == 1
+        _require(plain, "parallel.transport", config, "another one unless parallel.schedule=allgather parallel.ulysses=1")
     if config.machine.device == "cuda":
         _require(torch.cuda.is_available(), "machine.device", config, "cpu here: torch sees no CUDA device (machine=cpu)")
 
@@ -190,6 +212,7 @@ def check_world(config: TrainConfig, world: int) -> None:
             f"{world} ranks cannot be arranged as parallel.dp={dp} x parallel.ulysses={ulysses} x ring; "
             f"start a multiple of {dp * ulysses} ranks or change one of the two."
         )
+    make_schedule(config.parallel.schedule, world // dp, ulysses, config.parallel.inner or None)
 
 
 def _get(config: TrainConfig, key: str) -> Any:

@@ -23,7 +23,8 @@ from ringflash.launch import world
 
 LOST_PEER = 75
 """Exit code of a rank that failed only because another one did (EX_TEMPFAIL)."""
-_STOPPED = tuple(128 + s for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1))
+_STOPPED = tuple(128 + s for s in world.STOP_SIGNALS)
+_INTERRUPTED = "interrupted; no new checkpoint was written"
 _SHUTDOWN_S = 120
 
 # Until the rank's own handlers are in place, an interrupt must end it without a traceback from the middle of an import. The
@@ -65,7 +66,7 @@ def launch(ranks: int, arguments: Sequence[str]) -> int:
                 elastic_launch(LaunchConfig(**settings), sys.executable)("-u", "-c", _ENTRY, *arguments)
         except SignalException as stop:
             if not any(word.kind == "Stopped" for word in _last_words(Path(folder)).values()):
-                say("interrupted; no new checkpoint was written")
+                say(_INTERRUPTED)
             return 128 + int(stop.sigval)
         except ChildFailedError as failed:
             return _explain(failed.failures, _last_words(Path(folder)))
@@ -95,6 +96,11 @@ def _children_start_without_interrupts() -> Iterator[None]:
 def _explain(failures: dict[int, Any], words: dict[int, LastWord]) -> int:
     """Print one line about the rank that began it and return the exit code of the job. ``failures`` are torch's, by rank."""
     codes = {rank: failure.exitcode for rank, failure in failures.items()}
+    ended = [int(code if code > 0 else 128 - code) for code in codes.values()]  # as a shell counts
+    if not words and all(code in _STOPPED for code in ended):  # while starting, or by a second signal
+        say(_INTERRUPTED)
+        by_user = [code for code in ended if code != 128 + signal.SIGTERM]  # the launcher sends SIGTERM to the rest
+        return (by_user or ended)[0]
     stopped = [code for code in codes.values() if code in _STOPPED]
     if stopped and all(word.kind == "Stopped" for word in words.values()):
         return int(stopped[0])
@@ -126,7 +132,7 @@ def _rest(witnesses: list[LastWord]) -> list[str]:
     if not witnesses:
         return []
     saved = witnesses[0].saved
-    return [f"last checkpoint {saved}, the same command continues from it" if saved else "there is no checkpoint yet"]
+    return [f"last checkpoint {saved}, the same command continues from it" if saved else "no new checkpoint was written"]
 
 
 def say(text: str) -> None:

@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("ringflash"):
             raise
-        elastic.say(f"{error.name} is not installed; try: pip install 'ringflash[train]'")
+        elastic.say(f"{error.name} is not installed; try: pip install '.[train]' in the source folder")
         return 2
     except ValueError as error:
         elastic.say(str(error))
@@ -101,8 +101,15 @@ def work(arguments: Sequence[str]) -> int:
     stop = StopRequest()
     try:
         config = configs.compose(arguments)
+        stop.at_once()
         world = worlds.join(config.machine.device, config.parallel.timeout_s)
+    except RuntimeError as error:  # torch's DistError among them
+        stop.arm()
+        code = _not_joined(error)
+        sys.stdout.flush()
+        os._exit(code)
     except (ValueError, ImportError) as error:  # the same on all ranks
+        stop.arm()
         if worlds.environment_rank(os.environ) == 0:
             elastic.say(str(error))
         LastWord("Said", str(error)).leave()
@@ -112,6 +119,7 @@ def work(arguments: Sequence[str]) -> int:
         configs.check_world(config, world.size)
         code = _run(config, world, stop, activity)
     except Exception as error:
+        stop.arm()  # the launcher ends all ranks as soon as one has failed; this one still has to say why
         code = _failed(world, error, activity)
         sys.stdout.flush()
         os._exit(code)  # process groups with a broken peer may hang in their destructors
@@ -134,6 +142,14 @@ def _run(config: TrainConfig, world: World, stop: StopRequest, activity: Activit
         shown=world.first,
     )
     unigram = trainer.corpus.unigram_loss(trainer.corpus.validation)
+    activity.saved = trainer.loaded
+    stop.arm()
+    try:
+        world.barrier()
+    except RuntimeError:
+        if stop.signal is None:
+            raise
+        os._exit(stop.exit_code)  # the signal ended a rank that had not come so far: nothing to save, nobody to wait for
     with progress:
         for line in _header(trainer, unigram):
             progress.say(line)
@@ -193,6 +209,16 @@ def _summary(trainer: Trainer, unigram: float) -> str:
     )
 
 
+def _not_joined(error: RuntimeError) -> int:
+    """Say that this rank did not reach the others; its exit code. Every rank says so itself: they cannot agree on one."""
+    rank = worlds.environment_rank(os.environ)
+    first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    text = f"rank {rank} could not join the other ranks ({first_line}); were all started, and do they reach rank 0's host?"
+    if not LastWord("Lost", text, "while starting").leave():
+        elastic.say(f"while starting: {text}")
+    return elastic.LOST_PEER
+
+
 def _failed(world: World, error: Exception, activity: Activity) -> int:
     """Say once, from the right rank, what happened; the exit code of this rank.
 
@@ -208,9 +234,9 @@ def _failed(world: World, error: Exception, activity: Activity) -> int:
         if world.rank == same[0]:
             if not isinstance(error, (ValueError, OSError)):
                 traceback.print_exception(error)
-            elastic.say(
-                f"{activity.now}: {'' if len(same) == world.size else f'rank {world.rank}: '}{type(error).__name__}: {error}"
-            )
+            who = "" if len(same) == world.size else f"rank {world.rank}: "
+            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "  # a ValueError's text is for the user
+            elastic.say(f"{activity.now}: {who}{kind}{error}")
         LastWord("Said", first_line, activity.now).leave()
         return 2 if isinstance(error, ValueError) else 1
     if guilty:

@@ -53,11 +53,14 @@ class Trainer:
             layout=parallel.layout,
             schedule=parallel.schedule,
             ulysses=parallel.ulysses,
+            inner=parallel.inner or None,
+            transport=parallel.transport,
             timeout_s=parallel.timeout_s,
         )
         torch.manual_seed(config.seed)
         self.model = GPT(config.model).to(world.device)
         self.optimizer = _optimizer(self.model, config)
+        self.loaded = ""  # the checkpoint this run continues from
         self.state, self.resumed = self._start()
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.flat = torch.zeros(sum(p.numel() for p in self.parameters) + _TAIL, device=world.device)
@@ -87,6 +90,7 @@ class Trainer:
             )
         checkpoint.load(Path(path), self.model, self.optimizer)
         state.config = as_dict(self.config)
+        self.loaded = path
         return state, why
 
     # --- one sequence -------------------------------------------------------------------------------------------------

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 _SLURM_PORTS = 20_000
 _SECOND_SIGNAL_S = 2.0
 
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+"""Signals by which a user or a scheduler asks a run to stop."""
+
 
 def launcher(environment: Mapping[str, str] = os.environ) -> str | None:
     """Who started this process: "torchrun", "mpi", "slurm", or None if nobody did and the ranks are still to be started.
@@ -161,6 +164,10 @@ def _first_host(hosts: str) -> str:
 class StopRequest:
     """Turns Ctrl-C and termination into a wish that the training loop grants between two steps, on all ranks together.
 
+    Between ``at_once`` and ``arm`` there is nothing to save, and a rank that merely noted the signal would wait for those that it
+    ended: a stop signal ends the process, by the system's default. A Python handler would not do, because none runs while the
+    rank waits for others inside torch.
+
     A second signal some seconds later does not wait; one right after the first is the same one on another way (terminal and
     launcher). A launcher that vanished (kill -9) counts as a request, so that no rank outlives it.
     """
@@ -169,7 +176,18 @@ class StopRequest:
         self.signal: int | None = None
         self._parent = os.getppid()
         self._since = 0.0
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        self.arm()
+
+    def at_once(self) -> None:
+        """From here on a signal ends the process, as does one that was noted before."""
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+        if self.signal is not None:
+            os._exit(128 + self.signal)
+
+    def arm(self) -> None:
+        """From here on a signal is noted. With a barrier behind it, no rank is left that a signal still ends."""
+        for number in STOP_SIGNALS:
             signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:

@@ -10,11 +10,13 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,7 +24,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ringflash.launch import checkpoint, config, train
+from ringflash.launch import checkpoint, config, elastic, train
 from ringflash.launch.data import IGNORE, SEPARATOR, Corpus, load_corpus
 from ringflash.launch.progress import clock
 from ringflash.launch.report import Verdict
@@ -90,6 +92,11 @@ def corpus_of(text: Path, seqlen: int = 128, seed: int = 0, validation: float = 
         ("machine.dtype=float8", "float32 or bfloat16"),
         ("machine.device=tpu", "cpu or cuda"),
         ("parallel.timeout_s=0", "more than 0"),
+        ("parallel.schedule=double_ring", "parallel.inner=0 is not possible; it must be the ranks of one fast-linked group"),
+        ("parallel.inner=2", "it must be 0 for parallel.schedule=auto"),
+        ("parallel.transport=carrier", "auto or p2p"),
+        ("parallel.transport=symmetric", "another one with machine=cpu"),
+        ("parallel.transport=allgather", "unless parallel.schedule=allgather"),
         ("a b", "a b"),
     ],
 )
@@ -104,6 +111,10 @@ def test_ranks_that_cannot_be_arranged() -> None:
     config.check_world(options, 8)
     with pytest.raises(ValueError, match=r"6 ranks cannot be arranged.*multiple of 4"):
         config.check_world(options, 6)
+    rings = config.compose([*TINY, "parallel.schedule=double_ring", "parallel.inner=2"])
+    config.check_world(rings, 4)
+    with pytest.raises(ValueError, match="inner=2 does not divide the 3 ranks"):
+        config.check_world(rings, 3)
 
 
 def test_groups_and_command_line_win_over_defaults() -> None:
@@ -126,7 +137,7 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pyt
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setitem(sys.modules, "hydra", None)
     assert train.main(["machine=cpu"]) == 2
-    assert "hydra is not installed; try: pip install 'ringflash[train]'" in capsys.readouterr().err
+    assert "hydra is not installed; try: pip install '.[train]' in the source folder" in capsys.readouterr().err
 
 
 def test_groups_hold_the_documented_defaults() -> None:
@@ -295,6 +306,13 @@ def test_resumed_on_other_ranks_the_curve_is_the_same(ranks: Ranks, finished: Fi
         assert got == pytest.approx(want, rel=2e-5), key
 
 
+def test_a_double_ring_changes_only_who_computes(ranks: Ranks, finished: Finished, tmp_path: Path) -> None:
+    _, options, history = finished
+    ring = ["parallel.schedule=double_ring", "parallel.inner=2", "parallel.transport=alltoall", "resume=never"]
+    shared = ranks(4).run(train_on_rank, [*options, f"run_dir={tmp_path / 'run'}", *ring])[0]
+    assert list(losses(shared).values()) == pytest.approx(list(losses(history).values()), rel=2e-5)
+
+
 def test_replicas_and_packed_documents_change_only_who_computes(ranks: Ranks, text: Path, tmp_path: Path) -> None:
     options = [*TINY, f"data.path={text}", "data.documents=true", "seqlen=1500", "batch=2", "steps=3", "resume=never"]
     alone = ranks(1).run(train_on_rank, [*options, f"run_dir={tmp_path / 'a'}"])[0]
@@ -352,10 +370,13 @@ def test_clock() -> None:
 # --- whole jobs ----------------------------------------------------------------------------------------------------------
 
 
+TRAIN = ("-m", "ringflash.launch.train")
+
+
 class Job:
     """A real `ringflash train` in its own process group, with the default signals that an interactive shell gives."""
 
-    def __init__(self, *arguments: str, command: tuple[str, ...] = ("-m", "ringflash.launch.train"), **environment: str):
+    def __init__(self, *arguments: str, command: tuple[str, ...] = TRAIN, **environment: str):
         names = (
             "RANK",
             "WORLD_SIZE",
@@ -485,6 +506,49 @@ def test_ctrl_c_while_starting_is_quiet(text: Path, tmp_path: Path) -> None:
         assert job.end() == 130, job.output
     assert "Traceback" not in job.output
     assert re.fullmatch(r"ringflash train: interrupted; no new checkpoint was written", job.output.strip()), job.output
+
+
+def alone_of_two(text: Path, out: Path, timeout_s: int) -> tuple[list[str], dict[str, str]]:
+    """Arguments and environment of rank 0 of two ranks; nobody starts the other one."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    arguments = [*endless(text, out), f"run_dir={out / 'run'}", f"parallel.timeout_s={timeout_s}"]
+    return arguments, {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_rank_that_waits_for_the_others(text: Path, tmp_path: Path, number: signal.Signals) -> None:
+    """In the middle of joining, which no Python signal handler interrupts."""
+    arguments, environment = alone_of_two(text, tmp_path, timeout_s=300)
+    with Job(*arguments, command=TRAIN, **environment) as job:
+        until = time.monotonic() + 60
+        while time.monotonic() < until:  # the store listens: rank 0 is joining
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", int(environment["MASTER_PORT"]))) == 0:
+                    break
+            time.sleep(0.1)
+        time.sleep(0.5)
+        job.process.send_signal(number)
+        assert job.end(timeout=10) == -number, job.output
+    assert job.output == ""
+
+
+def test_a_rank_that_misses_the_others_says_so_in_one_line(text: Path, tmp_path: Path) -> None:
+    arguments, environment = alone_of_two(text, tmp_path, timeout_s=2)
+    with Job(*arguments, command=TRAIN, **environment) as job:
+        assert job.end(timeout=60) == elastic.LOST_PEER, job.output
+    said = [line for line in job.lines if line.startswith("ringflash train:")]
+    assert len(said) == 1, job.output
+    assert said[0].startswith("ringflash train: while starting: rank 0 could not join the other ranks (")
+    assert "Traceback" not in job.output
+
+
+@pytest.mark.parametrize(("codes", "code"), [((-15, -2), 130), ((-15, -15), 143), ((130, -15), 130)])
+def test_ranks_ended_by_a_signal_while_starting(codes: tuple[int, int], code: int, capsys: pytest.CaptureFixture[str]) -> None:
+    failures = {rank: SimpleNamespace(exitcode=c, pid=1, timestamp=0) for rank, c in enumerate(codes)}
+    assert elastic._explain(failures, {}) == code
+    assert capsys.readouterr().err == "ringflash train: interrupted; no new checkpoint was written\n"
 
 
 @needs_proc
