@@ -47,6 +47,7 @@ def launch(ranks: int, arguments: Sequence[str]) -> int:
 
     logging.disable(logging.ERROR)  # torch's own lines and tables repeat what is said below
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, world.cores() // ranks)))
+    os.environ[world.LAUNCHER_PID] = str(os.getpid())
     with tempfile.TemporaryDirectory(prefix="ringflash-") as folder:
         settings: dict[str, Any] = {
             "min_nodes": 1,

@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,9 +29,13 @@ if TYPE_CHECKING:
 
 _SLURM_PORTS = 20_000
 _SECOND_SIGNAL_S = 2.0
+_WATCH_S = 0.25
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 """Signals by which a user or a scheduler asks a run to stop."""
+
+LAUNCHER_PID = "RINGFLASH_LAUNCHER_PID"
+"""Variable by which our own launcher tells its ranks who it is: it may be gone before they can ask."""
 
 
 def launcher(environment: Mapping[str, str] = os.environ) -> str | None:
@@ -174,7 +179,8 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal: int | None = None
-        self._parent = os.getppid()
+        self._parent = int(os.environ.pop(LAUNCHER_PID, os.getppid()))
+        self._armed = False
         self._since = 0.0
         self.arm()
 
@@ -184,9 +190,19 @@ class StopRequest:
             signal.signal(number, signal.SIG_DFL)
         if self.signal is not None:
             os._exit(128 + self.signal)
+        self._armed = False
+        threading.Thread(target=self._end_with_launcher, name="ringflash-launcher", daemon=True).start()
+
+    def _end_with_launcher(self) -> None:
+        """A launcher interrupted while it starts its ranks forgets the first ones, which would wait for the others."""
+        while not self._armed:
+            if os.getppid() != self._parent:
+                os._exit(128 + signal.SIGTERM)
+            time.sleep(_WATCH_S)
 
     def arm(self) -> None:
         """From here on a signal is noted. With a barrier behind it, no rank is left that a signal still ends."""
+        self._armed = True
         for number in STOP_SIGNALS:
             signal.signal(number, self._on_signal)
 
