@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
+from ringflash import env
 from ringflash.launch import mpi
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ _WATCH_S = 0.25
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 """Signals by which a user or a scheduler asks a run to stop."""
 
-LAUNCHER_PID = "RINGFLASH_LAUNCHER_PID"
+LAUNCHER_PID = env.LAUNCHER_PID.name
 """Variable by which our own launcher tells its ranks who it is: it may be gone before they can ask."""
 
 

@@ -33,8 +33,9 @@ TIMEOUT_S = Variable("RINGFLASH_TIMEOUT_S", "300", "seconds after which a rank t
 CUDA = Variable("RINGFLASH_CUDA", "AUTO", "when building: AUTO builds the CUDA library if nvcc is there, ON insists, OFF never")
 CUDA_ARCHS = Variable("RINGFLASH_CUDA_ARCHS", "80;90a-real", "when building: CUDA architectures, as CMake spells them")
 TABLES = Variable("RINGFLASH_TABLES", "~/.cache/ringflash/tables.json", "what `ringflash bench` measured, for `ringflash plan`")
+LAUNCHER_PID = Variable("RINGFLASH_LAUNCHER_PID", "", "set by `ringflash train` for the ranks it starts; not to be set by hand")
 
-VARIABLES = (LOG, LIBRARY, TIMEOUT_S, TABLES, CUDA, CUDA_ARCHS)
+VARIABLES = (LOG, LIBRARY, TIMEOUT_S, TABLES, CUDA, CUDA_ARCHS, LAUNCHER_PID)
 
 
 def value(variable: Variable) -> str:
