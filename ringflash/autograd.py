@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ringflash.kernels import Kernel
+from ringflash.kernels import Kernel, OneCallKernel
 from ringflash.kernels.hopper_backward import delta as rowsum_delta
 from ringflash.parallel.heads import HeadExchange
 from ringflash.parallel.plan import Part, Plan, View
@@ -88,6 +88,14 @@ def _whole(parts: Sequence[Part]) -> bool:
     return all(part.q_view == (0, 1) for part in parts)
 
 
+def _only_call(plan: Plan) -> Part | None:
+    """The part of a plan whose work is one kernel call on whole local tensors; None for any other plan."""
+    if len(plan.steps) > 1 or len(plan.steps[0].parts) != 1 or plan.rings > 1 or plan.key.schedule.ulysses > 1:
+        return None
+    (part,) = plan.steps[0].parts
+    return part if part.q_view == part.k_view == (0, 1) else None
+
+
 def forward_loop(
     job: Job, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None
 ) -> Generator[None, None, tuple[Tensor, Tensor, Saved]]:
@@ -149,6 +157,22 @@ def backward_loop(
     acc = accumulate_dtype(q.dtype)
     heads = HeadExchange(plan, job.transport)
     dout, delta = yield from _delta(job, heads, saved, dout, dlse)
+    dsinks = None if saved.sinks is None else _dsinks(plan, saved, delta)
+    if (only := _only_call(plan)) is not None and isinstance(kernel, OneCallKernel):
+        grads = kernel.gradients(
+            dout,
+            q,
+            k,
+            v,
+            saved.out,
+            saved.lse,
+            delta,
+            only.slices,
+            scale=job.scale,
+            softcap=job.softcap,
+            deterministic=job.deterministic,
+        )
+        return *grads, dsinks
     dq = torch.zeros(q.shape, dtype=acc, device=q.device)
     stages = Stages(plan, job.transport, k, v)
     home = Homecoming(plan, job.transport, k, v, acc)
@@ -187,7 +211,6 @@ def backward_loop(
     home.receive()
     stages.finish()
     dk, dv = home.gradients(0)
-    dsinks = None if saved.sinks is None else _dsinks(plan, saved, delta)
     if plan.key.schedule.ulysses == 1:
         return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype), dsinks
     # Query heads have one owner, so they travel in their final dtype; key heads may be shared and are summed in float32.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 from dataclasses import dataclass
 from functools import cache
-from typing import Protocol, cast
+from typing import Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -142,6 +142,29 @@ class Kernel(Protocol):
         lse: of the whole row over all steps, -inf for a row that sees nothing anywhere. delta: rowsum(dout * out) - dlse, with
         the whole row's out. out: that output in q's dtype if delta is rowsum(dout * out); None if a dlse was folded into delta.
         """
+        ...
+
+
+@runtime_checkable
+class OneCallKernel(Kernel, Protocol):
+    """A backend with a shorter way for a backward pass that is one call: nothing to add to, so dk and dv can be written."""
+
+    def gradients(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        delta: Tensor,
+        slices: Slices,
+        *,
+        scale: float,
+        softcap: float = 0.0,
+        deterministic: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """dq, dk, dv in q's dtype. lse and delta as for ``backward``, of the same rows; out in q's dtype."""
         ...
 
 

@@ -274,5 +274,26 @@ class HopperKernel:
             scale=scale, softcap=softcap, dq=dq, dk=dk, dv=dv, deterministic=deterministic, sm_margin=self.sm_margin,
         )  # fmt: skip
 
+    def gradients(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        delta: Tensor,
+        slices: Slices,
+        *,
+        scale: float,
+        softcap: float = 0.0,
+        deterministic: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """dq, dk, dv of a pass of one call, in q's dtype; the contract is ``ringflash.kernels.OneCallKernel.gradients``."""
+        return hopper_backward.gradients(
+            dout, q, k, v, out, lse, slices,
+            scale=scale, softcap=softcap, row_delta=delta, deterministic=deterministic, sm_margin=self.sm_margin,
+        )  # fmt: skip
+
 
 KERNEL = HopperKernel()
