@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import sys
 import time
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
@@ -66,12 +68,15 @@ def _parent(arguments: list[str]) -> int:
 
     def job(node: Any) -> None:
         runtime = HydraConfig.get()
-        folder = runtime.runtime.output_dir.replace("\\", r"\\").replace("'", r"\'")
+        folder = Path(runtime.runtime.output_dir)
+        quoted = str(folder).replace("\\", r"\\").replace("'", r"\'")
         try:
-            codes.append(_start(configs.typed(node), [*runtime.overrides.task, f"run_dir='{folder}'"]))
+            codes.append(_start(configs.typed(node), [*runtime.overrides.task, f"run_dir='{quoted}'"]))
         except ValueError as error:
             elastic.say(str(error))
             codes.append(2)
+        if codes[-1]:
+            _forget(folder)
 
     configs.register()
     before = sys.argv
@@ -81,6 +86,12 @@ def _parent(arguments: list[str]) -> int:
     finally:
         sys.argv = before
     return max(codes, default=0)
+
+
+def _forget(folder: Path) -> None:
+    """Removes the folder that Hydra made for a job, if the job failed before it wrote anything there."""
+    if folder.is_dir() and {entry.name for entry in folder.iterdir()} <= {".hydra"}:
+        shutil.rmtree(folder)
 
 
 def _start(config: TrainConfig, arguments: list[str]) -> int:

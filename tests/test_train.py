@@ -506,6 +506,16 @@ def test_ctrl_c_while_starting_is_quiet(text: Path, tmp_path: Path) -> None:
         assert job.end() == 130, job.output
     assert "Traceback" not in job.output
     assert re.fullmatch(r"ringflash train: interrupted; no new checkpoint was written", job.output.strip()), job.output
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_run_that_never_began_leaves_no_folder(tmp_path: Path) -> None:
+    data, out = tmp_path / "data", tmp_path / "out"
+    data.mkdir()
+    with Job(*TINY, f"data.path={data}", f"out={out}") as job:
+        assert job.end() == 2, job.output
+    assert "data.pattern" in job.output
+    assert not any(out.iterdir())
 
 
 def alone_of_two(text: Path, out: Path, timeout_s: int) -> tuple[list[str], dict[str, str]]:
