@@ -1,7 +1,8 @@
-"""The peers that bench_ring measures beside ringflash: one function each, (q, k, v) of this rank -> out, differentiable.
+"""The peers that the benchmarks measure beside ringflash: one function each, (q, k, v) -> out, differentiable.
 
-Every peer gets the same local tensors (1, S / world, H, D) and is run by its own public entry. ring-flash-attn imports
-flash-attn 2's private functions; where flash-attn is not installed, the same kernels as shipped with torch stand in for them.
+On several GPUs every peer gets the same local tensors (1, S / world, H, D). All are run by their own public entries, but for
+ring-flash-attn, which imports flash-attn 2's private functions: where flash-attn is not installed, the same kernels as shipped
+with torch, or FlashAttention-4's, stand in for them.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ import importlib
 import importlib.util
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -30,6 +32,25 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, backend: SDPBackend, causal: bool = Tr
             q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=causal, enable_gqa=True
         )
     return out.transpose(1, 2)
+
+
+def flash_attn_4(causal: bool = True, window: int = 0, lengths: Sequence[int] = ()) -> Attention:
+    """FlashAttention-4 on (B, S, H, D) tensors. window: keys a row sees, 0 for all. lengths: of packed documents (B 1), if any.
+
+    Raises ImportError where the package flash-attn-4 is not installed.
+    """
+    from flash_attn.cute import flash_attn_func, flash_attn_varlen_func
+
+    options: dict[str, Any] = {"causal": causal, "window_size": (window - 1, 0) if window else (None, None)}
+    if not lengths:
+        return lambda q, k, v: _output(flash_attn_func(q, k, v, **options))
+    ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device="cuda")
+    options |= {"cu_seqlens_q": ends, "cu_seqlens_k": ends, "max_seqlen_q": max(lengths), "max_seqlen_k": max(lengths)}
+    return lambda q, k, v: _output(flash_attn_varlen_func(q[0], k[0], v[0], **options)).unsqueeze(0)
+
+
+def _output(result: Any) -> Tensor:
+    return result[0] if isinstance(result, tuple) else result  # type: ignore[no-any-return]
 
 
 class _AllToAll(torch.autograd.Function):
@@ -54,12 +75,12 @@ class _AllToAll(torch.autograd.Function):
         return _AllToAll.apply(grad.contiguous(), not ctx.gather), None  # type: ignore[no-untyped-call]
 
 
-def ulysses(backend: SDPBackend) -> Attention:
+def ulysses(local: Attention) -> Attention:
     """DeepSpeed Ulysses written with torch: all-to-all, one device's attention, all-to-all."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (_AllToAll.apply(x, True) for x in (q, k, v))  # type: ignore[no-untyped-call]
-        return _AllToAll.apply(sdpa(q, k, v, backend), False)  # type: ignore[no-untyped-call, no-any-return]
+        return _AllToAll.apply(local(q, k, v), False)  # type: ignore[no-untyped-call, no-any-return]
 
     return attend
 
@@ -73,8 +94,9 @@ def ring_flash_attn(kernels: str) -> Attention:
         raise RuntimeError("ring-flash-attn is not installed: pip install ring-flash-attn")
     stand_in = types.ModuleType("flash_attn.flash_attn_interface")
     stand_in.__dict__.update(_flash_attn_2(kernels))
-    parent = sys.modules.get("flash_attn") or types.ModuleType("flash_attn")
-    sys.modules.setdefault("flash_attn", parent)
+    if importlib.util.find_spec("flash_attn") is None:
+        sys.modules["flash_attn"] = types.ModuleType("flash_attn")
+    parent = importlib.import_module("flash_attn")
     sys.modules["flash_attn.flash_attn_interface"] = stand_in
     parent.__dict__.setdefault("flash_attn_interface", stand_in)
     # Its __init__ imports the internals of one version of transformers; the module itself needs none of them.
@@ -84,8 +106,7 @@ def ring_flash_attn(kernels: str) -> Attention:
     zigzag = importlib.import_module("ring_flash_attn.zigzag_ring_flash_attn").zigzag_ring_flash_attn_func
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = zigzag(q, k, v, causal=True)
-        return out[0] if isinstance(out, tuple) else out  # type: ignore[no-any-return]
+        return _output(zigzag(q, k, v, causal=True))
 
     return attend
 
@@ -180,9 +201,28 @@ def leave() -> None:
 
 
 PEERS: dict[str, Callable[[], Attention]] = {
-    "ulysses_cudnn": lambda: ulysses(CUDNN),
+    "ulysses_cudnn": lambda: ulysses(lambda q, k, v: sdpa(q, k, v, CUDNN)),
     "ring_flash_attn_fa2": lambda: ring_flash_attn("fa2"),
     "ring_flash_attn_fa4": lambda: ring_flash_attn("fa4"),
     "torch_cp_allgather_cudnn": lambda: torch_context_parallel("allgather", CUDNN),
     "torch_cp_allgather_fa2": lambda: torch_context_parallel("allgather", FLASH),
 }
+"""Of causal attention over several GPUs."""
+
+
+def single(kernels: str, window: int, lengths: Sequence[int]) -> Attention:
+    """Causal attention on one GPU by torch's "cudnn" or "fa2". Raises ValueError where more is asked for."""
+    if window or lengths:
+        raise ValueError(f"{kernels} on one GPU is measured on causal masks without windows and documents only")
+    return lambda q, k, v: sdpa(q, k, v, CUDNN if kernels == "cudnn" else FLASH)
+
+
+def distributed(name: str, window: int, lengths: Sequence[int]) -> Attention:
+    """A peer by its name. Raises ValueError for one that does causal attention only where more is asked for."""
+    if name == "ulysses_fa4":
+        return ulysses(flash_attn_4(True, window, lengths))
+    if name not in PEERS:
+        raise ValueError(f"unknown system {name!r}; allowed peers: ulysses_fa4, {', '.join(PEERS)}")
+    if window or lengths:
+        raise ValueError(f"{name} is measured on causal masks without windows and documents only")
+    return PEERS[name]()

@@ -1,21 +1,24 @@
-"""The attention forward on one GPU, ours and peers' side by side, in visible-area TFLOP/s.
+"""Attention on one GPU, forward and backward, ours and peers' side by side, in TFLOP/s of the visible area.
 
-    python -m benchmarks.bench_kernel suites=[dense_128,documents] systems=[hopper,cudnn,flash_attn_4]
+    python -m benchmarks.bench_kernel suites=[dense_128,documents] direction=forward systems=[hopper,cudnn,flash_attn_4]
 
 Under its power cap a GPU moves by some per cent from second to second, so all systems of a case are read in turn, ``rounds``
-times, each reading about ``work_ms`` long, and medians are compared. FLOPs are 2 (D + Dv) per visible pair and head. Rows go to
-a JSON-lines file. The suite "epilogues" compares ours with itself: starting, continuing, staying in float32, two chunks in one
-launch.
+times, each reading about ``work_ms`` long, after ``warm_s`` seconds of the same work; medians are compared. FLOPs are 4 D per
+visible pair and head forward, 10 D backward. A system whose results differ from ours, or that fails, is left out with a word.
+Rows go to a JSON-lines file as they are measured; every suite ends with its geometric mean and its worst cell.
+
+The suites "epilogues" (forward), "ring_steps" and "deterministic" (backward) compare ours with itself.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import json
+import math
 import statistics
-import subprocess
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +27,18 @@ import numpy as np
 import torch
 from omegaconf import DictConfig
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
-from benchmarks import baselines
-from ringflash.kernels import hopper
+from benchmarks import baselines, plots
+from benchmarks.rows import Percentiles, append, commit, percentiles, summary
+from benchmarks.works import lognormal
+from ringflash.kernels import hopper, hopper_backward
 from ringflash.slices import UNBOUNDED, Slices
 
-Run = Callable[[], object]
+PEERS = ("cudnn", "fa2", "flash_attn_4")
 DOCUMENTS_TOKENS = 65536
+MOST_DIFFERENT = 0.02
+"""Relative difference from our results above which a system does not compute the same: bf16 kernels differ by 3e-3 to 6e-3."""
 
 
 @dataclass(frozen=True)
@@ -66,16 +74,6 @@ def dense(D: int, lengths: tuple[int, ...], heads: tuple[tuple[int, int], ...]) 
     ]
 
 
-def lognormal(mean: int, total: int, seed: int = 0) -> tuple[int, ...]:
-    """Document lengths drawn log-normal (sigma 1) with that mean, 16 to 16k, that fill `total` tokens."""
-    rng = np.random.default_rng(seed)
-    lengths: list[int] = []
-    while sum(lengths) < total:
-        lengths.append(int(np.clip(rng.lognormal(np.log(mean) - 0.5, 1.0), 16, 16384)))
-    lengths[-1] -= sum(lengths) - total
-    return tuple(lengths)
-
-
 def documents() -> list[Case]:
     S = DOCUMENTS_TOKENS
     kinds = {"1 x 64k": (S,), "16 x 4k": (4096,) * 16, "log-normal 2k": lognormal(2048, S), "512 x 128": (128,) * 512}
@@ -89,6 +87,9 @@ SUITES: dict[str, list[Case]] = {
     "documents": documents(),
     "windows": [Case(f"window {w} at 64k", 65536, 16, 16, 128, True, window=w) for w in (1024, 4096)],
 }
+DETERMINISTIC = [c for c in SUITES["dense_128"] if (c.S, c.H) in ((1024, 16), (4096, 16), (16384, 16), (8192, 32), (32768, 32))]
+OWN_SUITES = {"epilogues": "forward", "ring_steps": "backward", "deterministic": "backward"}
+"""Suites that compare ours with itself, and their direction."""
 
 
 @dataclass
@@ -97,6 +98,7 @@ class Row:
 
     suite: str
     case: str
+    direction: str
     system: str
     batch: int
     seqlen: int
@@ -104,177 +106,364 @@ class Row:
     kv_heads: int
     head_dim: int
     dtype: str
-    ms: tuple[float, float, float]
+    ms: Percentiles
     tflops: float
-    ratio: float
-    """Of this system's rate to the best other system's in the same readings; of an epilogue to the first one's."""
-    gpu: str = field(default_factory=torch.cuda.get_device_name)
-    torch: str = torch.__version__
-    commit: str = field(default_factory=lambda: _commit())
+    peer: str | None
+    """The fastest peer in the same readings; in a suite that compares ours with itself, what this is compared with."""
+    ratio: float | None
+    """Of this system's rate to the peer's."""
+    of_dense: float | None
+    """Documents: of the rate to the dense causal one at their mean length."""
+    gpu: str
+    torch: str
+    commit: str
 
 
-def _commit() -> str:
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    return done.stdout.strip() or "unknown"
+@dataclass
+class Run:
+    """One thing to time: a call that returns its results, and its FLOPs."""
+
+    call: Callable[[], Any]
+    flops: float
+    prepare: Callable[[], object] | None = None
+    """Done before every reading, outside it."""
+    most: int = 1 << 30
+    """Calls of one reading."""
+
+    def ms(self, calls: int) -> float:
+        """Milliseconds of one call, the mean of so many."""
+        if self.prepare is not None:
+            self.prepare()
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        for _ in range(calls):
+            self.call()
+        end.record()
+        torch.cuda.synchronize()
+        ms = float(start.elapsed_time(end))
+        return ms / calls
 
 
-def systems(case: Case, names: list[str], q: Tensor, k: Tensor, v: Tensor) -> Iterator[tuple[str, Run]]:
-    """What each of the named systems runs; those that cannot do the case are left out."""
-    slices, scale = case.slices(), case.D**-0.5
-    one_sequence = not case.lengths and not case.window
-    for name in names:
-        if name == "hopper":
-            yield name, lambda: hopper.KERNEL.forward(q, k, v, slices, scale=scale)
-        elif name in ("cudnn", "fa2") and one_sequence:
-            backend = baselines.CUDNN if name == "cudnn" else baselines.FLASH
-            yield name, lambda backend=backend: baselines.sdpa(q, k, v, backend, case.causal)  # type: ignore[misc]
-        elif name == "flash_attn_4" and importlib.util.find_spec("flash_attn") is not None:
-            yield name, _flash_attn_4(case, q, k, v)
+@dataclass
+class Group:
+    """What is read in turn: runs by their system's name, on one case."""
+
+    suite: str
+    case: Case
+    direction: str
+    batch: int
+    runs: dict[str, Run]
+    against: dict[str, str] = field(default_factory=dict)
+    """What a run is compared with; by default the fastest peer."""
 
 
-def _flash_attn_4(case: Case, q: Tensor, k: Tensor, v: Tensor) -> Run:
-    from flash_attn.cute import flash_attn_func, flash_attn_varlen_func
+@dataclass
+class Problem:
+    """The tensors of a case."""
 
-    if not case.lengths:
-        window = (case.window - 1, 0) if case.window else (None, None)
-        return lambda: flash_attn_func(q, k, v, causal=case.causal, window_size=window)
-    ends = torch.tensor(np.cumsum((0, *case.lengths)), dtype=torch.int32, device=q.device)
-    q_packed, k_packed, v_packed, longest = q[0], k[0], v[0], max(case.lengths)
-    return lambda: flash_attn_varlen_func(
-        q_packed, k_packed, v_packed,
-        cu_seqlens_q=ends, cu_seqlens_k=ends, max_seqlen_q=longest, max_seqlen_k=longest, causal=case.causal,
-    )  # fmt: skip
+    case: Case
+    direction: str
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    dout: Tensor
+
+    @classmethod
+    def random(cls, case: Case, direction: str, batch: int, dtype: torch.dtype) -> Problem:
+        heads = (case.H, case.Hkv, case.Hkv, case.H)
+        return cls(case, direction, *(torch.randn(batch, case.S, h, case.D, device="cuda", dtype=dtype) for h in heads))
+
+    @cached_property
+    def slices(self) -> Slices:
+        return self.case.slices()
+
+    @property
+    def scale(self) -> float:
+        return 1 / math.sqrt(self.case.D)
+
+    @property
+    def flops(self) -> float:
+        per_pair = (4 if self.direction == "forward" else 10) * self.case.D
+        return float(per_pair * self.q.shape[0] * self.case.H * self.slices.area())
+
+    @cached_property
+    def saved(self) -> tuple[Tensor, Tensor, Tensor]:
+        """out, lse and delta of a forward pass by our kernel."""
+        out, lse = hopper.KERNEL.forward(self.q, self.k, self.v, self.slices, scale=self.scale)
+        return out, lse, hopper_backward.delta(self.dout, out, None)
+
+    def zeros(self) -> tuple[Tensor, Tensor, Tensor]:
+        """float32 gradients to add into."""
+        dq, dk, dv = (torch.zeros(x.shape, device="cuda") for x in (self.q, self.k, self.v))
+        return dq, dk, dv
+
+    def add(self, grads: tuple[Tensor, Tensor, Tensor], deterministic: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """Our backward kernel as a ring step calls it: adds into float32 gradients, delta given."""
+        (_, lse, delta), (dq, dk, dv) = self.saved, grads
+        hopper_backward.backward(
+            self.dout, self.q, self.k, self.v, None, lse, delta, self.slices,
+            scale=self.scale, dq=dq, dk=dk, dv=dv, deterministic=deterministic,
+        )  # fmt: skip
+        return grads
+
+    def run(self, call: Callable[[], Any]) -> Run:
+        return Run(call, self.flops)
+
+
+def whole(p: Problem, deterministic: bool = False) -> Run:
+    """Our pass from bf16 to bf16: forward, or backward with delta, zeroing and conversion."""
+    if p.direction == "forward":
+        return p.run(lambda: hopper.KERNEL.forward(p.q, p.k, p.v, p.slices, scale=p.scale)[0])
+    out, lse, _ = p.saved
+    return p.run(
+        lambda: hopper_backward.gradients(p.dout, p.q, p.k, p.v, out, lse, p.slices, scale=p.scale, deterministic=deterministic)
+    )
+
+
+def added(p: Problem, deterministic: bool = False) -> Run:
+    """Our backward kernel alone."""
+    grads = p.zeros()
+    return p.run(lambda: p.add(grads, deterministic))
+
+
+def torch_sdpa(p: Problem, backend: SDPBackend) -> Run | None:
+    if p.case.lengths or p.case.window:
+        return None
+    return through_autograd(p, lambda q, k, v: baselines.sdpa(q, k, v, backend, p.case.causal))
+
+
+def flash_attn_4(p: Problem) -> Run:
+    attend = baselines.flash_attn_4(p.case.causal, p.case.window, p.case.lengths)
+    return through_autograd(p, attend)
+
+
+def through_autograd(p: Problem, attend: baselines.Attention) -> Run:
+    """A peer by its public entry, or its backward by torch's autograd on a graph that is kept."""
+    if p.direction == "forward":
+        return p.run(lambda: attend(p.q, p.k, p.v))
+    inputs = [x.detach().requires_grad_() for x in (p.q, p.k, p.v)]
+    out = attend(*inputs)
+    return p.run(lambda: torch.autograd.grad(out, inputs, p.dout, retain_graph=True))
+
+
+SYSTEMS: dict[str, Callable[[Problem], Run | None]] = {
+    "hopper": whole,
+    "hopper_float32": lambda p: added(p) if p.direction == "backward" else None,
+    "cudnn": lambda p: torch_sdpa(p, baselines.CUDNN),
+    "fa2": lambda p: torch_sdpa(p, baselines.FLASH),
+    "flash_attn_4": flash_attn_4,
+}
+"""Each makes its run on a problem; None where it does not apply."""
+
+
+def started(label: str, makers: dict[str, Callable[[], Run | None]]) -> dict[str, Run]:
+    """The runs that can be made and, called once, agree with the first; the others are left out with a word."""
+    runs: dict[str, Run] = {}
+    expected: list[Tensor] | None = None
+    for name, make in makers.items():
+        try:
+            run = make()
+            if run is None:
+                continue
+            results = run.call()
+            torch.cuda.synchronize()
+        except Exception as error:
+            print(f"{label}: {name} is left out: {type(error).__name__}: {str(error)[:300]}", flush=True)
+            continue
+        given = [results] if isinstance(results, Tensor) else list(results)
+        expected = expected or given
+        difference = max(_difference(x, y) for x, y in zip(given, expected, strict=True))
+        if not difference < MOST_DIFFERENT:
+            print(f"{label}: {name} is left out: its results differ from {next(iter(runs))}'s by {difference:.3g}", flush=True)
+            continue
+        runs[name] = run
+    return runs
+
+
+def _difference(x: Tensor, expected: Tensor) -> float:
+    """Relative, in the Frobenius norm; NaN stays NaN."""
+    reference = expected.float()
+    return float((x.float().reshape(reference.shape) - reference).norm() / reference.norm())
+
+
+def against_peers(suite: str, case: Case, direction: str, cfg: DictConfig) -> Group:
+    batch = max(1, cfg.tokens // case.S)
+    p = Problem.random(case, direction, batch, getattr(torch, cfg.dtype))
+    makers: dict[str, Callable[[], Run | None]] = {name: lambda name=name: SYSTEMS[name](p) for name in cfg.systems}  # type: ignore[misc]
+    runs = started(f"{suite} {case.name} {direction}", makers)
+    if case.lengths and "hopper" in runs:
+        runs["hopper_dense"] = dense_run(p)
+    return Group(suite, case, direction, batch, runs)
+
+
+def dense_run(p: Problem) -> Run:
+    """The yardstick of packed documents: the same tokens as a batch of causal sequences of the documents' mean length."""
+    mean = p.case.S // len(p.case.lengths)
+    same = Case(p.case.name, mean, p.case.H, p.case.Hkv, p.case.D, causal=True)
+    return whole(Problem(same, p.direction, *(x.reshape(-1, mean, *x.shape[2:]) for x in (p.q, p.k, p.v, p.dout))))
+
+
+def epilogues(cfg: DictConfig) -> Iterator[Group]:
+    """What continuing, staying in float32 and a second chunk cost the forward."""
+    for S in (8192, 32768):
+        half = Case(f"full {S} 32/8", S, 32, 8, 128, causal=False)
+        p = Problem.random(half, "forward", 1, getattr(torch, cfg.dtype))
+        carry = torch.randn(p.q.shape, device="cuda"), torch.randn(1, half.H, S, device="cuda")
+
+        def step(p: Problem = p, **options: Any) -> Run:
+            return p.run(lambda: hopper.KERNEL.forward(p.q, p.k, p.v, p.slices, scale=p.scale, **options))
+
+        runs = {
+            "start, finish": step(),
+            "start, stay float32": step(finish=False),
+            "continue, finish": step(carry=carry),
+            "continue, stay float32": step(carry=carry, finish=False),
+        }
+        yield Group("epilogues", half, "forward", 1, runs, dict.fromkeys(runs, "start, finish"))
+        k, v = (torch.cat([x, torch.randn_like(x)], dim=1) for x in (p.k, p.v))
+        one, two = ((0, S, 0, 2 * S),), ((0, S, 0, S), (0, S, S, 2 * S))
+        runs = {}
+        for name, rectangles in (("one chunk", one), ("two chunks", two)):
+            slices = Slices.from_rows([(*rectangle, -UNBOUNDED, UNBOUNDED) for rectangle in rectangles])
+            runs[name] = Run(
+                lambda slices=slices, p=p, k=k, v=v: hopper.KERNEL.forward(p.q, k, v, slices, scale=p.scale),  # type: ignore[misc]
+                2 * p.flops,
+            )
+        yield Group("epilogues", half, "forward", 1, runs, dict.fromkeys(runs, "one chunk"))
+
+
+def ring_steps(cfg: DictConfig) -> Iterator[Group]:
+    """A ring's first backward step, which finds its float32 gradients zero, and a later one, which finds them used."""
+    n_sets = 4
+    for causal in (False, True):
+        case = Case(f"{'causal' if causal else 'full'} 8192 32/8", 8192, 32, 8, 128, causal)
+        p = Problem.random(case, "backward", 1, getattr(torch, cfg.dtype))
+        runs = {}
+        for name in ("first step", "later step"):
+            sets = [p.zeros() for _ in range(n_sets)]
+            turn = cycle(sets)
+
+            def zero(sets: list[tuple[Tensor, Tensor, Tensor]] = sets) -> None:
+                for x in (x for grads in sets for x in grads):
+                    x.zero_()
+
+            runs[name] = Run(
+                lambda turn=turn, p=p: p.add(next(turn)),  # type: ignore[misc]
+                p.flops,
+                zero if name == "first step" else None,
+                most=n_sets,
+            )
+        yield Group("ring_steps", case, "backward", 1, runs, dict.fromkeys(runs, "first step"))
+
+
+def deterministic(cfg: DictConfig) -> Iterator[Group]:
+    """What gradients that repeat bitwise cost."""
+    for case in (c for c in DETERMINISTIC if cfg.max_len >= c.S):
+        batch = max(1, cfg.tokens // case.S)
+        p = Problem.random(case, "backward", batch, getattr(torch, cfg.dtype))
+        runs = {
+            "whole": whole(p),
+            "whole, deterministic": whole(p, deterministic=True),
+            "float32": added(p),
+            "float32, deterministic": added(p, deterministic=True),
+        }
+        yield Group("deterministic", case, "backward", batch, runs, {name: name.split(",")[0] for name in runs})
+
+
+def groups(suite: str, direction: str, cfg: DictConfig) -> Iterator[Group]:
+    """Made one after the other, so that one group's tensors are gone before the next one's come."""
+    if suite in OWN_SUITES:
+        if direction == OWN_SUITES[suite]:
+            yield from {"epilogues": epilogues, "ring_steps": ring_steps, "deterministic": deterministic}[suite](cfg)
+        return
+    for case in SUITES[suite]:
+        if cfg.max_len >= case.S and cfg.only in case.name:
+            yield against_peers(suite, case, direction, cfg)
 
 
 def read(runs: dict[str, Run], cfg: DictConfig) -> dict[str, list[float]]:
-    """Milliseconds of one run of each, ``rounds`` readings taken in turn."""
-
-    def time(run: Run, repeats: int) -> float:
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        for _ in range(repeats):
-            run()
-        end.record()
-        torch.cuda.synchronize()
-        return float(start.elapsed_time(end)) / repeats
-
-    for run in runs.values():
-        run()
-    repeats = {name: max(2, round(cfg.work_ms / time(run, 2))) for name, run in runs.items()}
-    found: dict[str, list[float]] = {name: [] for name in runs}
-    for round_ in range(cfg.rounds + 1):
+    """Milliseconds of one call of each, ``rounds`` readings taken in turn."""
+    once = {name: run.ms(2) for name, run in runs.items()}
+    calls = {name: min(run.most, max(1, round(cfg.work_ms / once[name]))) for name, run in runs.items()}
+    begin = time.monotonic()
+    while True:  # brings the chip to its steady state
         for name, run in runs.items():
-            ms = time(run, repeats[name])
-            if round_:
-                found[name].append(ms)
+            run.ms(calls[name])
+        if time.monotonic() - begin >= cfg.warm_s:
+            break
+    found: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(cfg.rounds):
+        for name, run in runs.items():
+            found[name].append(run.ms(calls[name]))
     return found
 
 
-def percentiles(values: list[float]) -> tuple[float, float, float]:
-    cuts = statistics.quantiles(values, n=10, method="inclusive")
-    return round(cuts[1], 4), round(statistics.median(values), 4), round(cuts[7], 4)
-
-
-def compare(suite: str, case: Case, cfg: DictConfig) -> list[Row]:
-    batch, dtype = max(1, cfg.tokens // case.S), getattr(torch, cfg.dtype)
-    q, k, v = (torch.randn(batch, case.S, h, case.D, device="cuda", dtype=dtype) for h in (case.H, case.Hkv, case.Hkv))
-    found = read(dict(systems(case, list(cfg.systems), q, k, v)), cfg)
-    flops = 4 * batch * case.H * case.D * case.slices().area()
-    rates = {name: flops / statistics.median(ms) / 1e9 for name, ms in found.items()}
-    rows = []
-    for name, ms in found.items():
-        best = max((r for other, r in rates.items() if other != name), default=rates[name])
-        sizes = (batch, case.S, case.H, case.Hkv, case.D, cfg.dtype)
-        rows.append(Row(suite, case.name, name, *sizes, percentiles(ms), round(rates[name], 1), round(rates[name] / best, 3)))
+def rows_of(group: Group, found: dict[str, list[float]], dtype: str, where: tuple[str, str, str]) -> list[Row]:
+    """where: GPU, torch and commit."""
+    rates = {name: group.runs[name].flops / statistics.median(ms) / 1e9 for name, ms in found.items()}
+    best = max((name for name in rates if name in PEERS), key=lambda name: rates[name], default=None)
+    case, rows = group.case, []
+    for name, rate in rates.items():
+        peer = None if name == "hopper_dense" else group.against.get(name, best)
+        yardstick = rates.get("hopper_dense") if name == "hopper" else None
+        rows.append(
+            Row(
+                group.suite, case.name, group.direction, name, group.batch, case.S, case.H, case.Hkv, case.D, dtype,
+                percentiles(found[name]), round(rate, 1), peer, round(rate / rates[peer], 4) if peer else None,
+                round(rate / yardstick, 4) if yardstick else None, *where,
+            )
+        )  # fmt: skip
     return rows
 
 
-def epilogues(cfg: DictConfig) -> Iterator[list[Row]]:
-    """What continuing, staying in float32 and a second chunk cost: ours beside ours."""
-    H, Hkv, D, scale, dtype = 32, 8, 128, 128**-0.5, getattr(torch, cfg.dtype)
-    for S in (8192, 32768):
-        if cfg.max_len < S:
-            continue
-        q = torch.randn(1, S, H, D, device="cuda", dtype=dtype)
-        k, v = (torch.randn(1, 2 * S, Hkv, D, device="cuda", dtype=dtype) for _ in range(2))
-        carry = torch.randn(1, S, H, D, device="cuda"), torch.randn(1, H, S, device="cuda")
-        one, half = Slices.full_rectangle(S, 2 * S), Slices.full_rectangle(S, S)
-        two = Slices.from_rows([(0, S, 0, S, -UNBOUNDED, UNBOUNDED), (0, S, S, 2 * S, -UNBOUNDED, UNBOUNDED)])
-
-        def run(slices: Slices, q: Tensor = q, k: Tensor = k, v: Tensor = v, **options: Any) -> Run:
-            return lambda: hopper.KERNEL.forward(q, k, v, slices, scale=scale, **options)
-
-        groups: list[tuple[Slices, dict[str, Run]]] = [
-            (half, {
-                "start, finish": run(half),
-                "start, stay float32": run(half, finish=False),
-                "continue, finish": run(half, carry=carry),
-                "continue, stay float32": run(half, carry=carry, finish=False),
-            }),
-            (one, {"one chunk": run(one), "two chunks": run(two)}),
-        ]  # fmt: skip
-        for slices, runs in groups:
-            found = read(runs, cfg)
-            rates = {name: 4 * H * D * slices.area() / statistics.median(ms) / 1e9 for name, ms in found.items()}
-            base = next(iter(rates.values()))
-            sizes = (1, S, H, Hkv, D, cfg.dtype)
-            yield [
-                Row(
-                    "epilogues",
-                    f"full {S} 32/8",
-                    name,
-                    *sizes,
-                    percentiles(ms),
-                    round(rates[name], 1),
-                    round(rates[name] / base, 3),
-                )
-                for name, ms in found.items()
-            ]
+def line(rows: Sequence[Row]) -> str:
+    """A group in one line: TFLOP/s, ratios to the best peer (or what it is compared with), part of the dense rate."""
+    cells = []
+    for r in rows:
+        ratio = "" if r.ratio is None or r.peer == r.system else f" ({r.ratio:.3f})"
+        cells.append(f"{r.system} {r.tflops:.0f}{ratio}" + ("" if r.of_dense is None else f" [{r.of_dense:.2f} of dense]"))
+    return f"{rows[0].direction:8} {rows[0].suite:13} {rows[0].case:24} " + "  ".join(cells)
 
 
-def draw(rows: list[Row], path: str) -> None:
-    """Bars of TFLOP/s per case, one colour per system."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    rows = [r for r in rows if r.suite != "epilogues"]
-    cases = list(dict.fromkeys((r.suite, r.case) for r in rows))
-    names = list(dict.fromkeys(r.system for r in rows))
-    figure, axes = plt.subplots(figsize=(max(6.0, 0.45 * len(cases)), 5))
-    for n, name in enumerate(names):
-        mine = {(r.suite, r.case): r.tflops for r in rows if r.system == name}
-        axes.bar(
-            [i + n * 0.8 / len(names) for i in range(len(cases))], [mine.get(c, 0.0) for c in cases], 0.8 / len(names), label=name
-        )
-    labels = [f"{case} ({suite.removeprefix('dense_')})" for suite, case in cases]
-    axes.set_xticks([i + 0.3 for i in range(len(cases))], labels, rotation=60, ha="right", fontsize=7)
-    axes.set_ylabel("TFLOP/s, forward, visible area")
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
+def summaries(rows: Sequence[Row]) -> Iterator[str]:
+    """Of every suite and direction, for each of our systems, the ratios to the best peer (or to what they are compared with)."""
+    ours = [r for r in rows if r.ratio is not None and r.system not in PEERS and r.peer != r.system]
+    for key in dict.fromkeys((r.direction, r.suite, r.system) for r in ours):
+        mine = [r for r in ours if (r.direction, r.suite, r.system) == key]
+        text = summary([(r.case, r.ratio or 0.0) for r in mine])
+        dense = [(r.case, r.of_dense) for r in mine if r.of_dense is not None]
+        more = f"; of the dense rate: {summary(dense)}" if dense else ""
+        yield f"{key[0]:8} {key[1]:13} {key[2]:24} {text}{more}"
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="bench_kernel")
 def main(cfg: DictConfig) -> None:
-    unknown = set(cfg.suites) - {*SUITES, "epilogues"}
-    if unknown:
-        raise ValueError(f"unknown suites {sorted(unknown)}; allowed: {', '.join([*SUITES, 'epilogues'])}")
+    for word, given, allowed in (
+        ("suites", cfg.suites, {*SUITES, *OWN_SUITES}),
+        ("systems", cfg.systems, SYSTEMS),
+        ("direction", [cfg.direction], ("forward", "backward", "both")),
+    ):
+        if unknown := set(given) - set(allowed):
+            raise ValueError(f"unknown {word} {sorted(unknown)}; allowed: {', '.join(sorted(allowed))}")
     torch.manual_seed(0)
+    where = (torch.cuda.get_device_name(), torch.__version__, commit(cfg.commit))
     rows: list[Row] = []
-    out = Path(cfg.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with out.open("a") as file:
-        for suite in cfg.suites:
-            cases = [c for c in SUITES.get(suite, []) if cfg.max_len >= c.S]
-            for group in epilogues(cfg) if suite == "epilogues" else (compare(suite, c, cfg) for c in cases):
-                rows += group
-                file.writelines(json.dumps(asdict(r)) + "\n" for r in group)
-                cells = "  ".join(f"{r.system} {r.tflops:.0f} ({r.ratio:.3f})" for r in group)
-                print(f"{group[0].suite:10} {group[0].case:24} {cells}", flush=True)
+    directions = ("forward", "backward") if cfg.direction == "both" else (cfg.direction,)
+    begin = time.monotonic()
+    for suite in cfg.suites:
+        for direction in directions:
+            for group in groups(suite, direction, cfg):
+                if not group.runs:
+                    continue
+                fresh = rows_of(group, read(group.runs, cfg), cfg.dtype, where)
+                group.runs.clear()
+                rows += fresh
+                append(Path(cfg.out), fresh)
+                print(f"{time.monotonic() - begin:4.0f} s  {line(fresh)}", flush=True)
+    for text in summaries(rows):
+        print(text, flush=True)
     if cfg.plot:
-        draw(rows, cfg.plot)
+        plots.kernel_table(Path(cfg.out), Path(cfg.plot))
 
 
 if __name__ == "__main__":

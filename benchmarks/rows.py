@@ -1,0 +1,54 @@
+"""What the rows of both benchmarks share: percentiles, where a row was measured, files of rows, and their summaries."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import subprocess
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+Percentiles = tuple[float, float, float]
+
+
+def percentiles(values: Sequence[float]) -> Percentiles:
+    """20th, 50th and 80th percentile."""
+    cuts = statistics.quantiles(values, n=10, method="inclusive") if len(values) > 1 else list(values) * 9
+    return round(cuts[1], 4), round(statistics.median(values), 4), round(cuts[7], 4)
+
+
+def commit(given: str | None = None) -> str:
+    """The commit that rows name: the given one (of a copy without git), else git's, else "unknown"."""
+    if given:
+        return given
+    try:
+        done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    except FileNotFoundError:
+        return "unknown"
+    return done.stdout.strip() or "unknown"
+
+
+def append(path: Path, rows: Iterable[Any]) -> None:
+    """Adds dataclasses to a JSON-lines file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.writelines(json.dumps(asdict(row)) + "\n" for row in rows)
+
+
+def load(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    return math.exp(statistics.fmean(math.log(v) for v in values))
+
+
+def summary(cells: Sequence[tuple[str, float]]) -> str:
+    """Named ratios in one line: geometric mean, the worst cell, and how many reach 1."""
+    name, worst = min(cells, key=lambda cell: cell[1])
+    reached = sum(ratio >= 1.0 for _, ratio in cells)
+    mean = geometric_mean([ratio for _, ratio in cells])
+    return f"geometric mean {mean:.3f}, worst {worst:.3f} ({name}), {reached} of {len(cells)} at 1 or above"
