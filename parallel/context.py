@@ -21,7 +21,7 @@ from ringflash.parallel.transport import Transport
 from ringflash.parallel.transport.allgather import AllGather
 from ringflash.parallel.transport.alltoall import AllToAll
 from ringflash.parallel.transport.p2p import P2P
-from ringflash.parallel.transport.symmetric import Symmetric
+from ringflash.parallel.transport.symmetric import NotSharedError, Symmetric
 
 TRANSPORTS = ("auto", "p2p", "allgather", "alltoall", "symmetric")
 
@@ -159,36 +159,60 @@ class ContextParallel(Sharding):
         self.agreement = Agreement(self.group, self.timeout_s)
         self.agreed: dict[Any, Any] = {}  # what attention has verified with the other ranks, by its arguments
         self._transports: dict[torch.device, Transport] = {}
+        self._why: dict[torch.device, str] = {}
 
     def transport(self, device: torch.device) -> Transport:
-        """The transport for tensors of a device."""
+        """The transport for tensors of a device. Raises ValueError on every rank if the named one cannot work on one of them."""
         if device not in self._transports:
             if device.type == "cuda":  # NCCL sets up its rings in the first collective of a group, and needs all ranks there
                 dist.all_reduce(torch.zeros(1, device=device), group=self.group)
-            self._transports[device] = transport = self._make_transport(device)
-            env.logger("transport").debug("%s for %s, %d ranks", transport.name, device, self.world)
+            self._transports[device], self._why[device] = self._make_transport(device)
+            env.logger("transport").info("%s, %d ranks: %s", device, self.world, self.transport_text(device))
         return self._transports[device]
 
-    def _make_transport(self, device: torch.device) -> Transport:
-        """The named transport; for "auto" symmetric memory where all ranks share a host and their GPUs, else point to point."""
+    def transport_text(self, device: torch.device) -> str:
+        """The transport of a device in words, and why "auto" chose it (once tensors of the device have been seen)."""
+        if device not in self._transports:
+            return self.transport_name
+        why = self._why[device]
+        return f"{self._transports[device].name} ({why})" if why else self._transports[device].name
+
+    def _make_transport(self, device: torch.device) -> tuple[Transport, str]:
+        """The named transport; for "auto" symmetric memory if every rank can have it, else point to point; and why."""
         group, timeout_s, word = self.group, self.timeout_s, self.agreement.last_word
-        if self.transport_name == "symmetric":
-            return Symmetric(group, timeout_s, device, word)
         if self.transport_name in ("alltoall", "allgather"):
-            return (AllGather if self.transport_name == "allgather" else AllToAll)(group, timeout_s, device, word)
-        if self.transport_name == "auto" and device.type == "cuda" and not self.relays:
-            host = {"host": Path("/proc/sys/kernel/random/boot_id").read_text()}
-            if all(other == host for other in self.agreement.gather(host).values()):
-                try:
-                    transport, works = Symmetric(group, timeout_s, device, word), 1.0
-                except RuntimeError as error:  # no peer access, or a container that forbids sharing memory
-                    env.logger("transport").info("no symmetric memory: %s", error)
-                    works = 0.0
-                everywhere = torch.full((1,), works, device=device)
-                dist.all_reduce(everywhere, op=dist.ReduceOp.MIN, group=group)
-                if everywhere.item():
-                    return transport
-        return P2P(group, timeout_s, word)
+            return (AllGather if self.transport_name == "allgather" else AllToAll)(group, timeout_s, device, word), ""
+        if self.transport_name == "p2p":
+            return P2P(group, timeout_s, word), ""
+        named = self.transport_name == "symmetric"
+        if not named and device.type != "cuda":
+            return P2P(group, timeout_s, word), f"auto: symmetric memory needs CUDA, not {device.type}"
+        if not named and self.relays:
+            return P2P(group, timeout_s, word), "auto: a double ring passes chunks on"
+        try:
+            self._meet_on_one_host(device)
+            transport = Symmetric.of(group, timeout_s, device, word, self._meet)
+            return transport, "" if named else "auto: every rank can read the others"
+        except NotSharedError as error:
+            if named:
+                raise ValueError(f'transport="symmetric" cannot work here: {error}; use transport="p2p" or "auto"') from error
+            return P2P(group, timeout_s, word), f"auto: no symmetric memory, {error}"
+
+    def _meet_on_one_host(self, device: torch.device) -> None:
+        host = Path("/proc/sys/kernel/random/boot_id")
+        facts = {"host": host.read_text().strip() if host.exists() else "unknown", "device": device.type}
+        said = self.agreement.gather(facts)
+        if len({fact["host"] for fact in said.values()}) > 1:
+            elsewhere = next(rank for rank, fact in said.items() if fact["host"] != said[0]["host"])
+            raise NotSharedError(f"rank {elsewhere} is on another host than rank 0")
+        self._meet("" if device.type == "cuda" else f"its tensors are on {device.type}, not on a CUDA device")
+
+    def _meet(self, trouble: str) -> None:
+        """Tells all ranks of this one's trouble ("" for none); raises the same NotSharedError on all if any has some."""
+        said = self.agreement.gather({"trouble": trouble})
+        troubles = [f"rank {rank}: {fact['trouble']}" for rank, fact in said.items() if fact["trouble"]]
+        if troubles:
+            raise NotSharedError("; ".join(troubles))
 
     def for_mask(self, mask: Mask) -> ContextParallel:
         """A light view of this context for batches with the given mask: what layout="balanced" balances, and the default mask.

@@ -3,15 +3,18 @@
 On CUDA a wait only makes a stream wait: the host runs on, and a dead peer shows as a kernel that never ends. So after each wait
 an event is recorded, and a daemon thread looks whether it passes within the group's time. If not, it says which rank waited for
 whom in which step, and aborts the group's communicator, so that the waiting kernels end and the job fails instead of hanging.
+A stream that waits for a signal in symmetric memory ends by no abort: there the process ends, with exit code 70. Replays of a
+CUDA graph are not watched.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 import threading
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -30,11 +33,14 @@ class _Watched:
     label: Label
     peers: Sequence[int]
     timeout_s: float
+    device: int
     since: float | None = None
     """When the stream was seen to wait: work queued before, of whatever length, is not the peers' doing."""
 
 
 _watched: deque[_Watched] = deque()
+_spare: defaultdict[int, deque[torch.cuda.Event]] = defaultdict(deque)
+"""Events of a device that have passed, to be recorded again: making and destroying them costs more than recording."""
 _thread: threading.Thread | None = None
 _lock = threading.Lock()
 _failed: TransportError | None = None
@@ -46,8 +52,10 @@ GRACE_S = 10.0
 
 def reached() -> torch.cuda.Event:
     """An event on the current stream, to be recorded right before the wait that `watch` is told of."""
-    event = torch.cuda.Event()
-    event.record()
+    stream = torch.cuda.current_stream()
+    spare = _spare[stream.device_index]
+    event = spare.popleft() if spare else torch.cuda.Event()
+    event.record(stream)
     return event
 
 
@@ -58,11 +66,9 @@ def watch(
     global _thread
     if _failed is not None:
         raise _failed
-    if torch.cuda.is_current_stream_capturing():
+    if torch.cuda.is_current_stream_capturing():  # nothing runs now, and whoever replays the graph is not seen here
         return
-    event = torch.cuda.Event()
-    event.record()
-    _watched.append(_Watched(begun, event, group, rank, label, peers, timeout_s))
+    _watched.append(_Watched(begun, reached(), group, rank, label, peers, timeout_s, torch.cuda.current_device()))
     with _lock:
         if _thread is None or not _thread.is_alive():
             _thread = threading.Thread(target=_look, name="ringflash-watchdog", daemon=True)
@@ -71,6 +77,7 @@ def watch(
 
 def _look() -> None:
     global _thread
+    _allow_captures()
     idle = 0
     while True:
         time.sleep(PERIOD_S)
@@ -80,7 +87,8 @@ def _look() -> None:
                 _thread = None
                 return
         while _watched and _watched[0].event.query():
-            _watched.popleft()
+            passed = _watched.popleft()
+            _spare[passed.device].extend((passed.begun, passed.event))
         if not _watched:
             continue
         oldest = _watched[0]
@@ -90,6 +98,12 @@ def _look() -> None:
         if oldest.since is not None and now - oldest.since > oldest.timeout_s:
             _give_up(oldest)
             return
+
+
+def _allow_captures() -> None:
+    """Asking for an event would otherwise break a CUDA graph that another thread is capturing."""
+    relaxed = ctypes.c_int(2)  # CU_STREAM_CAPTURE_MODE_RELAXED
+    ctypes.CDLL("libcuda.so.1").cuThreadExchangeStreamCaptureMode(ctypes.byref(relaxed))
 
 
 def _give_up(stalled: _Watched) -> None:

@@ -188,6 +188,56 @@ def test_one_ranks_mistake_is_told_to_all(ranks: Ranks, odd: Odd) -> None:
     assert max(deviations) < 1e-5, "the group still works"
 
 
+# ---- ranks that cannot share memory --------------------------------------------------------------------------------------------
+
+
+def make_transport_where_rank_1_cannot(rank: int, name: str, stage: str) -> tuple[str, str]:
+    """What a context makes of symmetric memory that fails on rank 1 in one of its stages, and why (or the error it raises)."""
+
+    def made(*args: Any, **kwargs: Any) -> Tensor:
+        if rank == 1 and kwargs.get("device") == (None if stage == "rendezvous" else torch.device("cuda")):
+            raise RuntimeError("no peer access to the moon\nand more")
+        return torch.zeros(8)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.distributed._symmetric_memory.empty", made)
+        patch.setattr("torch.distributed._symmetric_memory.rendezvous", made)
+        patch.setattr("torch.cuda.synchronize", lambda device: None)
+        cp = ContextParallel(transport=name, timeout_s=60.0)
+        try:
+            transport, why = cp._make_transport(torch.device("cuda"))
+        except ValueError as error:
+            return "ValueError", str(error)
+        return transport.name, why
+
+
+@pytest.mark.parametrize("stage", ["memory", "rendezvous"])
+def test_auto_takes_symmetric_memory_on_all_ranks_or_on_none_and_says_whose_fault_it_is(ranks: Ranks, stage: str) -> None:
+    answers = ranks(3).run(make_transport_where_rank_1_cannot, "auto", stage)
+    assert answers == [("p2p", "auto: no symmetric memory, rank 1: no peer access to the moon")] * 3
+
+
+def test_symmetric_memory_that_was_asked_for_is_refused_by_all_ranks(ranks: Ranks) -> None:
+    answers = ranks(3).run(make_transport_where_rank_1_cannot, "symmetric", "memory")
+    assert len(set(answers)) == 1
+    assert answers[0][0] == "ValueError"
+    assert "rank 1: no peer access" in answers[0][1]
+
+
+def attend_on_cpu_with_symmetric(rank: int) -> str:
+    cp = ContextParallel(transport="symmetric", timeout_s=60.0)
+    try:
+        attention(*(cp.shard(x) for x in tensors()), cp=cp)
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+def test_symmetric_needs_cuda(ranks: Ranks) -> None:
+    for text in ranks(2).run(attend_on_cpu_with_symmetric):
+        assert "rank 0: its tensors are on cpu" in text
+
+
 # ---- ranks that die or stall ---------------------------------------------------------------------------------------------------
 
 TIMEOUT_S = 4.0

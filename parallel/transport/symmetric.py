@@ -1,12 +1,30 @@
 """Chunks pulled straight from their owner's memory by copy engines, inside one NVLink domain.
 
 Every rank keeps what others may read in buffers that all ranks map (symmetric memory). A receiver's copy stream waits for the
-owner's signal, copies the rows it needs, and signals back that the buffer may be written again. Signals are 32-bit counters
-written and awaited by the streams themselves (cuStreamWriteValue32, cuStreamWaitValue32): no kernel, no multiprocessor, no host.
+owner's signal, copies the rows it needs, and signals back that the buffer may be written again. Signals are 32-bit flags
+written and awaited by the streams themselves (cuStreamBatchMemOp): no kernel, no multiprocessor, no host.
 On 4 H200 this moves 174-364 GB/s at 4-256 MB against 61-277 by NCCL's send/recv; a running kernel loses 0-1 % instead of 3-4 %.
 
 Two buffers of a kind alternate: for chunks from pass to pass (one is read while the next layer already packs the other), for
 gradients from step to step. Nothing here uses NVLink multicast.
+
+Two flags for every kind, buffer and pair of owner and reader make reuse safe. They are 0 or 1, never counted:
+
+    BUSY  at the owner   1: the reader has been told to read. The owner writes a buffer only when all of its BUSY are 0.
+    READY at the reader  1: the owner's rows are complete.
+
+    owner    computing stream   wait BUSY == 0 of all readers; write the buffer; event "complete"
+             signal stream      wait for "complete"; BUSY = 1; READY = 1 at the reader; event "signalled"
+             computing stream   waits for "signalled" before the pass ends, and so before it looks at BUSY again
+    reader   copy stream        wait READY == 1; READY = 0; copy; BUSY = 0 at the owner
+
+READY is set again only after the owner saw BUSY == 0, which the reader wrote after READY = 0: no signal is lost or seen twice. Of
+two passes with one buffer each, the later one's READY is another flag, so that an owner may be one pass ahead of its reader.
+No host knows the flags' values and none are written into an operation but 0 and 1, so a captured CUDA graph may be replayed any
+number of times, between passes that are not captured too, as long as all ranks do the same. Inside a capture the signals are
+given on the computing stream, so that no branch of the graph that waits can hold up a signal; the copies' branch ends in it.
+A capture allocates nothing: the same call must have been made once before. Buffers that a graph knows are kept when larger ones
+are made.
 """
 
 from __future__ import annotations
@@ -15,39 +33,54 @@ import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.distributed._symmetric_memory as symmetric_memory
 from torch import Tensor
 
+from ringflash.parallel import trace
 from ringflash.parallel.plan import Plan
 from ringflash.parallel.transport import Label, Message, Pending, Transport
 from ringflash.parallel.transport.p2p import P2P
 from ringflash.parallel.watchdog import reached, watch
 
 BUFFERS = 2
-WAIT_GEQ = 0
-"""CU_STREAM_WAIT_VALUE_GEQ: cyclic, so counters may wrap."""
+KINDS = ("chunks", "gradients")
+READY, BUSY = 0, 1
+
+
+class NotSharedError(RuntimeError):
+    """Symmetric memory cannot be had, on some rank; raised on all of them alike, and says where and why."""
+
+
+class Op(NamedTuple):
+    """A stream waits until the word at an address has a value, or writes it after everything before is visible everywhere."""
+
+    wait: bool
+    address: int
+    value: int
+
+
+class Shared(NamedTuple):
+    """Memory that all ranks map, and where each rank's part of it begins."""
+
+    memory: Tensor
+    addresses: tuple[int, ...]
+    handle: Any = None
+
+
+Meet = Callable[[str], None]
+"""Tells all ranks of one rank's trouble ("" for none), and raises NotSharedError on all of them if any has some."""
 
 
 @cache
 def _driver() -> ctypes.CDLL:
     driver = ctypes.CDLL("libcuda.so.1")
-    for name in ("cuStreamWaitValue32_v2", "cuStreamWriteValue32_v2"):
-        getattr(driver, name).argtypes = [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint]
+    driver.cuStreamBatchMemOp_v2.argtypes = [ctypes.c_void_p, ctypes.c_uint, ctypes.c_void_p, ctypes.c_uint]
+    driver.cuMemcpyDtoDAsync_v2.argtypes = [ctypes.c_uint64, ctypes.c_uint64, ctypes.c_size_t, ctypes.c_void_p]
     return driver
-
-
-def _write(stream: torch.cuda.Stream, address: int, value: int) -> None:
-    """The stream writes value, after everything before it is visible to all GPUs."""
-    _checked("cuStreamWriteValue32", _driver().cuStreamWriteValue32_v2(stream.cuda_stream, address, value & 0xFFFFFFFF, 0))
-
-
-def _await(stream: torch.cuda.Stream, address: int, value: int) -> None:
-    """The stream waits until the counter has reached value."""
-    _checked("cuStreamWaitValue32", _driver().cuStreamWaitValue32_v2(stream.cuda_stream, address, value & 0xFFFFFFFF, WAIT_GEQ))
 
 
 def _checked(name: str, code: int) -> None:
@@ -55,144 +88,247 @@ def _checked(name: str, code: int) -> None:
         raise RuntimeError(f"{name} failed with CUDA error {code}")
 
 
+class Cuda:
+    """What this transport asks of a GPU. A test has another one, whose streams run in any order that they may."""
+
+    def __init__(self, group: dist.ProcessGroup, timeout_s: float, device: torch.device, meet: Meet) -> None:
+        self.group, self.timeout_s, self.device, self.meet = group, timeout_s, device, meet
+        self.rank, self.world = dist.get_rank(group), dist.get_world_size(group)
+
+    def share(self, size: int) -> Shared:
+        """Zeroed bytes that all ranks map. All ranks must call it together, with the same size, and have no work under way."""
+        # Step by step, so that nobody goes to the rendezvous where somebody is missing.
+        memory = self._met(lambda: symmetric_memory.empty(size, dtype=torch.uint8, device=self.device).zero_())
+        handle = self._met(lambda: symmetric_memory.rendezvous(memory, self.group))
+        return Shared(memory, tuple(int(p) for p in handle.buffer_ptrs), handle)
+
+    def _met(self, make: Callable[[], Any]) -> Any:
+        """What was made, once all ranks have theirs."""
+        made, trouble = None, ""
+        try:
+            made = make()
+            torch.cuda.synchronize(self.device)
+        except (RuntimeError, OSError, AttributeError) as error:  # no peer access, no memory, a container that forbids it
+            trouble = (str(error).strip() or type(error).__name__).splitlines()[0]
+        self.meet(trouble)
+        return made
+
+    def stream(self) -> torch.cuda.Stream:
+        return torch.cuda.Stream(self.device, priority=-1)
+
+    def current(self) -> torch.cuda.Stream:
+        return torch.cuda.current_stream(self.device)
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize(self.device)
+
+    def capturing(self) -> bool:
+        return torch.cuda.is_current_stream_capturing()
+
+    def mark(self, stream: torch.cuda.Stream) -> torch.cuda.Event:
+        event = torch.cuda.Event()
+        event.record(stream)
+        return event
+
+    def wait(self, stream: torch.cuda.Stream, event: torch.cuda.Event) -> None:
+        stream.wait_event(event)
+
+    def pack(self, ops: Sequence[Op]) -> Any:
+        """Operations in the driver's form (CUstreamBatchMemOpParams: six words each), to be issued any number of times."""
+        words: list[int] = []
+        for op in ops:  # operation, address, value, flags (1: wait for equality), two unused
+            words += [1 if op.wait else 2, op.address, op.value, 1 if op.wait else 0, 0, 0]
+        return (ctypes.c_uint64 * len(words))(*words)
+
+    def issue(self, stream: torch.cuda.Stream, packed: Any) -> None:
+        """The stream does the operations, in order."""
+        _checked("cuStreamBatchMemOp", _driver().cuStreamBatchMemOp_v2(stream.cuda_stream, len(packed) // 6, packed, 0))
+
+    def copy(self, stream: torch.cuda.Stream, target: Tensor, source: int) -> None:
+        """The stream fills a contiguous tensor from an address, by a copy engine."""
+        code = _driver().cuMemcpyDtoDAsync_v2(target.data_ptr(), source, target.nbytes, stream.cuda_stream)
+        _checked("cuMemcpyDtoDAsync", code)
+
+    def begun(self) -> Any:
+        return reached()
+
+    def watch(self, label: Label, peers: Sequence[int], begun: Any) -> None:
+        watch(self.group, self.rank, label, peers, self.timeout_s, begun)
+
+
 @dataclass
-class _Buffer:
-    """One buffer that peers read. ``readers``: by peer, the count of its reads after which it may be written again."""
-
-    readers: dict[int, int] = field(default_factory=dict)
-    ready: torch.cuda.Event | None = None
-    """When what was written since the last lease is complete."""
-
-
 class _Lane:
-    """The buffers, counters and streams of one kind of data."""
+    """The buffers and streams of one kind of data."""
 
-    def __init__(self, device: torch.device, world: int) -> None:
-        self.copies = torch.cuda.Stream(device, priority=-1)
-        self.signals = torch.cuda.Stream(device, priority=-1)
-        self.offered, self.taken = [0] * world, [0] * world
-        self.bytes = 0
-        self.passes = 0
-        self.memory: Tensor | None = None
-        self.handle: Any = None
-        self.buffers = [_Buffer() for _ in range(BUFFERS)]
+    kind: str
+    copies: Any
+    signals: Any
+    size: int = 0
+    """Bytes of one buffer."""
+    shared: Shared | None = None
+    passes: int = 0
+    captured: bool = False
+    """Whether a CUDA graph knows the buffers."""
+    complete: list[Any] = field(default_factory=lambda: [None] * BUFFERS)
+    """When what was written since the last lease is complete, by buffer."""
+    views: dict[Any, Tensor] = field(default_factory=dict)
+    packed: dict[Any, Any] = field(default_factory=dict)
 
 
 class Symmetric(Transport):
-    """Pulls through symmetric memory; the heads of Ulysses, which are packed per peer anyway, go by ``p2p``."""
+    """Pulls through symmetric memory; the heads of Ulysses, which are packed per peer anyway, go by ``heads``."""
 
     name = "symmetric"
     pulls = True
 
-    def __init__(
-        self, group: dist.ProcessGroup, timeout_s: float, device: torch.device, ask: Callable[[int], str] = lambda peer: ""
-    ) -> None:
-        self.group, self.timeout_s, self.device = group, timeout_s, device
-        self.rank, self.world = dist.get_rank(group), dist.get_world_size(group)
-        self.heads = P2P(group, timeout_s, ask)
-        self.lanes = {"chunks": _Lane(device, self.world), "gradients": _Lane(device, self.world)}
-        # Counters [lane, ready or done, peer] of 4 bytes: written by the peer, awaited here.
-        self.counters, self.counters_handle = self._shared(len(self.lanes) * 2 * self.world * 4)
+    def __init__(self, gpu: Cuda, heads: Transport) -> None:
+        self.gpu, self.rank, self.world, self.heads = gpu, gpu.rank, gpu.world, heads
+        self.others = tuple(p for p in range(self.world) if p != self.rank)
+        self.flags = gpu.share(len(KINDS) * BUFFERS * 2 * self.world * 4)
+        self.lanes = {kind: _Lane(kind, gpu.stream(), gpu.stream()) for kind in KINDS}
+        self.kept: list[Shared] = []
 
-    def _shared(self, size: int) -> tuple[Tensor, Any]:
-        """Zeroed bytes that all ranks map. All ranks must call it together, with the same size."""
-        memory = symmetric_memory.empty(size, dtype=torch.uint8, device=self.device)
-        handle = symmetric_memory.rendezvous(memory, self.group)
-        memory.zero_()
-        torch.cuda.synchronize(self.device)
-        dist.barrier(group=self.group)
-        return memory, handle
+    @classmethod
+    def of(
+        cls, group: dist.ProcessGroup, timeout_s: float, device: torch.device, ask: Callable[[int], str], meet: Meet
+    ) -> Symmetric:
+        """That of a group's rank. Raises NotSharedError on all ranks if one of them cannot."""
+        return cls(Cuda(group, timeout_s, device, meet), P2P(group, timeout_s, ask))
 
-    def _counter(self, at: int, lane: str, kind: str, peer: int) -> int:
-        """Address, on rank ``at``, of the counter that ``peer`` writes."""
-        index = (list(self.lanes).index(lane) * 2 + ("ready", "done").index(kind)) * self.world + peer
-        return int(self.counters_handle.buffer_ptrs[at]) + 4 * index
+    @property
+    def nbytes(self) -> int:
+        """Bytes of this device that the transport holds."""
+        held = [self.flags, *self.kept, *(lane.shared for lane in self.lanes.values() if lane.shared is not None)]
+        return sum(shared.memory.nbytes for shared in held)
+
+    def _flag(self, at: int, kind: str, index: int, flag: int, peer: int) -> int:
+        """Address, on rank ``at``, of its flag about ``peer``."""
+        return self.flags.addresses[at] + 4 * (((KINDS.index(kind) * BUFFERS + index) * 2 + flag) * self.world + peer)
 
     def open(self, what: str, plan: Plan, row: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
-        if torch.cuda.is_current_stream_capturing():
-            raise ValueError('transport "symmetric" counts its passes on the host and cannot be captured; use transport="p2p"')
-        lane = self.lanes[what]
+        lane, capturing = self.lanes[what], self.gpu.capturing()
         lane.passes += 1
-        heads = max(len(s.k_index) if s.k_index is not None else s.k1 - s.k0 for s in plan.shares)
-        size = _rows(plan, what) * row[0] * heads * row[1] * dtype.itemsize
-        if size > lane.bytes:  # the same on all ranks: it follows from the plan alone
-            torch.cuda.synchronize(self.device)
-            dist.barrier(group=self.group)
-            lane.bytes = -(-size // 1024) * 1024
-            lane.memory, lane.handle = self._shared(lane.bytes * BUFFERS)
-            lane.buffers = [_Buffer() for _ in range(BUFFERS)]
+        size = buffer_bytes(plan, what, row, dtype.itemsize)
+        if size > lane.size:  # the same on all ranks: it follows from the plan alone
+            if capturing:
+                raise ValueError(
+                    f'transport "symmetric" needs buffers of {size} bytes for {what}, has {lane.size}, and can make none while a '
+                    "CUDA graph is captured: make the same call once before capturing it"
+                )
+            self.gpu.synchronize()
+            if lane.captured and lane.shared is not None:
+                self.kept.append(lane.shared)
+            lane.shared, lane.captured = self.gpu.share(size * BUFFERS), False
+            lane.size = size
+            lane.views.clear()
+        lane.captured |= capturing
 
     def _index(self, label: Label) -> int:
         """Which of the buffers a post is about; both sides know it."""
         return (self.lanes["chunks"].passes if label.what == "chunks" else label.step) % BUFFERS
 
     def lease(self, label: Label, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        lane, index = self.lanes[label.what], self._index(label)
-        buffer, stream = lane.buffers[index], torch.cuda.current_stream(device)
-        if buffer.readers:
-            begun = reached()
-            for peer, count in buffer.readers.items():
-                _await(stream, self._counter(self.rank, label.what, "done", peer), count)
-            watch(self.group, self.rank, label, sorted(buffer.readers), self.timeout_s, begun)
-            buffer.readers.clear()
-        buffer.ready = None
-        assert lane.memory is not None
         n = dtype.itemsize
         for size in shape:
             n *= size
-        assert n <= lane.bytes, (label, shape, lane.bytes)
-        return lane.memory[index * lane.bytes : index * lane.bytes + n].view(dtype).view(shape)
+        if n == 0:  # no rows, heads or batch: no rank opened anything for it, and nobody will read it
+            return torch.empty(shape, dtype=dtype, device=device)
+        lane, index = self.lanes[label.what], self._index(label)
+        assert lane.shared is not None and n <= lane.size, (label, shape, lane.size)
+        stream, begun = self.gpu.current(), self.gpu.begun()
+        trace.begin(trace.WAIT, label.step, peer=-2)
+        self.gpu.issue(stream, self._ops(lane, "free", index, self.others))
+        trace.end(trace.WAIT, label.step, peer=-2)
+        self.gpu.watch(label, self.others, begun)
+        lane.complete[index] = None
+        key = (index, shape, dtype)
+        if key not in lane.views:
+            lane.views[key] = lane.shared.memory[index * lane.size : index * lane.size + n].view(dtype).view(shape)
+        return lane.views[key]
+
+    def _ops(self, lane: _Lane, what: str, index: int, peers: tuple[int, ...]) -> Any:
+        """The flags' operations: "free" and "signal" of an owner, "arrive" and "leave" of a reader."""
+        key = (what, index, peers)
+        if key not in lane.packed:
+            lane.packed[key] = self.gpu.pack(self._spell(lane.kind, what, index, peers))
+        return lane.packed[key]
+
+    def _spell(self, kind: str, what: str, index: int, peers: tuple[int, ...]) -> list[Op]:
+        busy = [self._flag(self.rank, kind, index, BUSY, p) for p in peers]
+        if what == "free":
+            return [Op(True, address, 0) for address in busy]
+        if what == "signal":
+            ready = [self._flag(p, kind, index, READY, self.rank) for p in peers]
+            return [*(Op(False, address, 1) for address in busy), *(Op(False, address, 1) for address in ready)]
+        if what == "arrive":
+            ready = [self._flag(self.rank, kind, index, READY, p) for p in peers]
+            return [op for address in ready for op in (Op(True, address, 1), Op(False, address, 0))]
+        assert what == "leave"
+        return [Op(False, self._flag(p, kind, index, BUSY, self.rank), 0) for p in peers]
 
     def post(self, label: Label, sends: Sequence[Message], receives: Sequence[Message]) -> Pending:
         if label.what == "heads":
             return self.heads.post(label, sends, receives)
-        lane, index = self.lanes[label.what], self._index(label)
-        main = torch.cuda.current_stream(self.device)
-        now = torch.cuda.Event()
-        now.record(main)
+        sends, receives = ([m for m in messages if m.tensor.numel()] for messages in (sends, receives))  # both sides know sizes
+        gpu, lane, index = self.gpu, self.lanes[label.what], self._index(label)
+        main, signals = gpu.current(), lane.signals
+        signalled, done = None, None
         if sends:
-            buffer = lane.buffers[index]
-            buffer.ready = buffer.ready or now  # a chunk is complete since its first post; later readers need not wait for more
-            lane.signals.wait_event(buffer.ready)
-            for peer in dict.fromkeys(m.peer for m in sends):
-                lane.offered[peer] += 1
-                buffer.readers[peer] = lane.offered[peer]
-                _write(lane.signals, self._counter(peer, label.what, "ready", self.rank), lane.offered[peer])
-        if not receives:
-            return _Pull(self, label, None, [])
-        lane.copies.wait_event(now)  # the memory being filled may have been in use until now
-        assert lane.handle is not None
-        with torch.cuda.stream(lane.copies):
+            ops = self._ops(lane, "signal", index, tuple(dict.fromkeys(m.peer for m in sends)))
+            if gpu.capturing():
+                gpu.issue(main, ops)
+            else:  # a chunk is complete since its first post; later readers need not wait for more
+                complete = lane.complete[index]
+                if complete is None:
+                    complete = lane.complete[index] = gpu.mark(main)
+                gpu.wait(signals, complete)
+                gpu.issue(signals, ops)
+                signalled = gpu.mark(signals)
+        if receives:
+            assert lane.shared is not None
+            gpu.wait(lane.copies, gpu.mark(main))  # the memory being filled may have been in use until now
             for peer in dict.fromkeys(m.peer for m in receives):
-                lane.taken[peer] += 1
-                _await(lane.copies, self._counter(self.rank, label.what, "ready", peer), lane.taken[peer])
-                for m in (m for m in receives if m.peer == peer):
-                    offset = index * lane.bytes // m.tensor.element_size() + m.row * m.tensor[0].numel()
-                    m.tensor.copy_(lane.handle.get_buffer(peer, m.tensor.shape, m.tensor.dtype, offset), non_blocking=True)
-                _write(lane.copies, self._counter(peer, label.what, "done", self.rank), lane.taken[peer])
-            done = torch.cuda.Event()
-            done.record(lane.copies)
-        return _Pull(self, label, done, list(receives))
+                trace.begin(trace.WAIT, label.step, peer, label.what, lane.copies)
+                gpu.issue(lane.copies, self._ops(lane, "arrive", index, (peer,)))
+                trace.end(trace.WAIT, label.step, peer, label.what, lane.copies)
+                trace.begin(trace.COPY, label.step, peer, label.what, lane.copies)
+                begin = lane.shared.addresses[peer] + index * lane.size
+                for m in receives:
+                    if m.peer == peer:
+                        gpu.copy(lane.copies, m.tensor, begin + m.row * (m.tensor.nbytes // m.tensor.shape[0]))
+                trace.end(trace.COPY, label.step, peer, label.what, lane.copies)
+                gpu.issue(lane.copies, self._ops(lane, "leave", index, (peer,)))
+            done = gpu.mark(lane.copies)
+        return _Pull(self, label, signalled, done, receives)
 
 
 class _Pull:
     """Copies under way; keeps the tensors being filled."""
 
-    def __init__(self, transport: Symmetric, label: Label, done: torch.cuda.Event | None, receives: list[Message]) -> None:
-        self.transport, self.label, self.done, self.receives = transport, label, done, receives
+    def __init__(self, transport: Symmetric, label: Label, signalled: Any, done: Any, receives: list[Message]) -> None:
+        self.transport, self.label, self.signalled, self.done, self.receives = transport, label, signalled, done, receives
 
     def wait(self) -> None:
+        gpu = self.transport.gpu
+        main = gpu.current()
+        if self.signalled is not None:  # given long ago; the next lease may only look at the flags after it
+            gpu.wait(main, self.signalled)
         if self.done is not None:
-            t = self.transport
-            begun = reached()
-            torch.cuda.current_stream(t.device).wait_event(self.done)
-            watch(t.group, t.rank, self.label, sorted({m.peer for m in self.receives}), t.timeout_s, begun)
+            begun = gpu.begun()
+            gpu.wait(main, self.done)
+            gpu.watch(self.label, sorted({m.peer for m in self.receives}), begun)
         self.receives = []
 
 
-@lru_cache(maxsize=256)
-def _rows(plan: Plan, what: str) -> int:
-    """Rows of the largest buffer of any rank: the longest chunk, or the longest remote stage."""
+@lru_cache(maxsize=1024)
+def buffer_bytes(plan: Plan, what: str, row: tuple[int, int], itemsize: int) -> int:
+    """Bytes of one of the two buffers of a kind, the same on all ranks: the longest chunk, or the longest remote stage.
+
+    row: batch and width of a row, which has one entry per key head.
+    """
     if what == "chunks":
-        return max(plan.key.k_layout.merged(plan.key.schedule.ulysses).lengths)
-    return max((step.rows for rank in range(plan.rings) for step in plan.of_peer(rank).steps[1:]), default=0)
+        rows = max(plan.key.k_layout.merged(plan.key.schedule.ulysses).lengths)
+    else:
+        rows = max((step.rows for rank in range(plan.rings) for step in plan.of_peer(rank).steps[1:]), default=0)
+    heads = max(len(s.k_index) if s.k_index is not None else s.k1 - s.k0 for s in plan.shares)
+    return -(-rows * row[0] * heads * row[1] * itemsize // 1024) * 1024
