@@ -11,6 +11,7 @@ import math
 import os
 import platform
 import shutil
+import socket
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,8 +35,9 @@ CUDA = Variable("RINGFLASH_CUDA", "AUTO", "when building: AUTO builds the CUDA l
 CUDA_ARCHS = Variable("RINGFLASH_CUDA_ARCHS", "80;90a-real", "when building: CUDA architectures, as CMake spells them")
 TABLES = Variable("RINGFLASH_TABLES", "~/.cache/ringflash/tables.json", "what `ringflash bench` measured, for `ringflash plan`")
 LAUNCHER_PID = Variable("RINGFLASH_LAUNCHER_PID", "", "set by `ringflash train` for the ranks it starts; not to be set by hand")
+HOST = Variable("RINGFLASH_HOST", "", "name of this host, instead of NCCL_HOSTID's or its own: ranks of one host share memory")
 
-VARIABLES = (LOG, LIBRARY, TIMEOUT_S, TABLES, CUDA, CUDA_ARCHS, LAUNCHER_PID)
+VARIABLES = (LOG, LIBRARY, TIMEOUT_S, TABLES, HOST, CUDA, CUDA_ARCHS, LAUNCHER_PID)
 
 
 def value(variable: Variable) -> str:
@@ -86,6 +88,12 @@ def timeout_s() -> float:
     if not (math.isfinite(seconds) and seconds > 0):
         raise ValueError(f"{TIMEOUT_S.name}={text}; give a positive number of seconds, for example {TIMEOUT_S.default}")
     return seconds
+
+
+def host() -> str:
+    """What this rank's host is called: ranks with one name may share memory. NCCL's own override counts, as it does for NCCL."""
+    boot = Path("/proc/sys/kernel/random/boot_id")  # the same in all containers of a machine, where host names differ
+    return value(HOST) or os.environ.get("NCCL_HOSTID") or (boot.read_text().strip() if boot.exists() else socket.gethostname())
 
 
 def tables_path() -> Path:

@@ -52,6 +52,17 @@ def test_a_topic_prints_only_when_asked_for(monkeypatch: pytest.MonkeyPatch, cap
     assert capsys.readouterr().err == "[ringflash.plan rank 3] loud\n[ringflash.plan rank 3] once\n"
 
 
+def test_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (env.HOST.name, "NCCL_HOSTID"):
+        monkeypatch.delenv(name, raising=False)
+    own = env.host()
+    assert own
+    monkeypatch.setenv("NCCL_HOSTID", "a")
+    assert env.host() == "a"
+    monkeypatch.setenv(env.HOST.name, "b")
+    assert env.host() == "b"
+
+
 def test_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(env.TIMEOUT_S.name, raising=False)
     assert env.timeout_s() == float(env.TIMEOUT_S.default)

@@ -90,6 +90,8 @@ class Kernel(Protocol):
     lse, delta (B, H, Sq). The *accumulate dtype* is float64 for float64 inputs, else float32; running state, lse, delta and
     gradients are kept in it. Query head h reads key head ``h // (H // Hkv)``. Scores are ``scale * q.k``, or with a softcap
     ``softcap * tanh(scale * q.k / softcap)``. No Slices, Sq = 0, Sk = 0 and H = 0 are all fine.
+
+    A backend whose backward reads delta, so that ``out`` is never needed, says so with ``takes_delta = True``.
     """
 
     name: str

@@ -144,6 +144,7 @@ class Cpu:
     """torch's flash operator for the CPU."""
 
     name = "cpu"
+    takes_delta = True
 
     def refuses(self, problem: Problem) -> str | None:
         if problem.device != "cpu":

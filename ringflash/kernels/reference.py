@@ -185,6 +185,7 @@ class Reference:
     """Any problem, slowly."""
 
     name = "reference"
+    takes_delta = True
 
     def refuses(self, problem: Problem) -> str | None:
         if not problem.dtype.is_floating_point:
