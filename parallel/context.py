@@ -158,6 +158,7 @@ class ContextParallel(Sharding):
             raise ValueError(f"timeout_s must be positive, got {timeout_s}")
         self.agreement = Agreement(self.group, self.timeout_s)
         self.agreed: dict[Any, Any] = {}  # what attention has verified with the other ranks, by its arguments
+        self.jobs: dict[Any, Any] = {}  # the same by the arguments as they were given, for a quick look-up
         self._transports: dict[torch.device, Transport] = {}
         self._why: dict[torch.device, str] = {}
 

@@ -5,22 +5,25 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from ringflash import env
-from ringflash.autograd import Attention, Job
+from ringflash.autograd import Attention, Job, forward_pass
 from ringflash.kernels import Kernel, Problem, choose
 from ringflash.mask import Mask
 from ringflash.parallel.context import ContextParallel
 from ringflash.parallel.layout import make_layout
 from ringflash.parallel.plan import Plan, PlanKey, Schedule, make_plan
+from ringflash.parallel.transport import Transport
 from ringflash.parallel.transport.simulated import Mailbox, Simulated
 
 _NOBODY = Simulated(Mailbox(), 0)
 """The transport of a plan that moves nothing."""
+
+_EVERYBODY = Mask.full()
 
 MAX_AGREED = 1024
 """Calls a context remembers as agreed; packed documents bring a new one with every batch."""
@@ -224,13 +227,51 @@ def attention(
     shapes and options; ranks must make the same calls in the same order. (Ring Attention, Liu et al. 2023; FlashAttention-2,
     Dao 2023.)
     """
+    words: Any = None
+    try:
+        # Everything that decides what is done, as it was given: two calls with equal words are one and the same job.
+        words = (
+            q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device, mask, scale, softcap,
+            None if sinks is None else (sinks.shape, sinks.dtype, sinks.device), backend, deterministic, return_lse,
+            torch.is_grad_enabled()
+            and (q.requires_grad or k.requires_grad or v.requires_grad or (sinks is not None and sinks.requires_grad)),
+        )  # fmt: skip
+        jobs = _JOBS if cp is None else cp.jobs
+        if cp is not None:
+            words += (cp.mask, cp.lengths, cp.last_seqlen)
+        job = jobs.get(words)
+    except (AttributeError, TypeError):  # something is no tensor, no mask, no context: the checks say it better
+        words = job = None
+    if job is None:
+        job = _job(q, k, v, mask, scale, softcap, sinks, backend, deterministic, return_lse, cp)
+        jobs = _JOBS if cp is None else cp.jobs
+        if len(jobs) >= MAX_AGREED:
+            del jobs[next(iter(jobs))]
+        jobs[words] = job
+    tensors = (row_major(q), row_major(k), row_major(v), sinks)
+    if job.tracked:
+        out, lse = Attention.apply((job,), *tensors)  # type: ignore[no-untyped-call]
+    else:
+        ((out, lse, _),) = forward_pass((job,), *tensors)
+    return (out, lse) if return_lse else out
+
+
+_JOBS: dict[Any, Job] = {}
+"""What calls on one device come to, by their words."""
+
+
+def _job(
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, scale: float | None, softcap: float, sinks: Tensor | None, backend: str,
+    deterministic: bool, return_lse: bool, cp: ContextParallel | None,
+) -> Job:  # fmt: skip
+    """What a call comes to: checked, planned, and agreed on with the other ranks. Raises what `attention` raises."""
     try:
         if cp is not None and not isinstance(cp, ContextParallel):
             raise ValueError(f"cp must be a ringflash.ContextParallel, got {type(cp).__name__}")
         if cp is not None:
             mask = cp.bound(mask)
         elif mask is None:
-            mask = Mask.full()
+            mask = _EVERYBODY
         call = check(q, k, v, mask, scale, softcap, sinks, backend, deterministic, return_lse)
         lengths = None if cp is None else cp.global_lengths(q.shape[1], k.shape[1], mask)
     except Exception as error:  # whatever it is, the other ranks must not wait for this one
@@ -239,17 +280,17 @@ def attention(
         raise
     if cp is None or lengths is None:
         plan, kernel = _alone(call)
-        job = Job(plan, kernel, _NOBODY, call.scale, call.softcap, deterministic, return_lse)
+        transport: Transport = _NOBODY
     else:
         key = (call, lengths, cp.mask)
         if key not in cp.agreed:
             if len(cp.agreed) >= MAX_AGREED:  # the ranks make the same calls in the same order, so all forget the same one
                 del cp.agreed[next(iter(cp.agreed))]
+                cp.jobs.clear()
             cp.agreed[key] = _prepare(call, cp, lengths)
         plan, kernel = cp.agreed[key]
-        job = Job(plan, kernel, cp.transport(q.device), call.scale, call.softcap, deterministic, return_lse)
-    out, lse = Attention.apply((job,), *(row_major(x) for x in (q, k, v)), sinks)  # type: ignore[no-untyped-call]
-    return (out, lse) if return_lse else out
+        transport = cp.transport(q.device)
+    return Job(plan, kernel, transport, call.scale, call.softcap, call.deterministic, call.with_lse, call.needs_grad)
 
 
 @lru_cache(maxsize=1024)

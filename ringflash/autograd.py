@@ -8,9 +8,10 @@ with one step.
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from functools import lru_cache
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from ringflash.kernels import Kernel, OneCallKernel
 from ringflash.kernels.hopper_backward import delta as rowsum_delta
+from ringflash.parallel import trace
 from ringflash.parallel.heads import HeadExchange
 from ringflash.parallel.plan import Part, Plan, View
 from ringflash.parallel.transport import Homecoming, Stages, Transport
@@ -37,6 +39,8 @@ class Job:
     deterministic: bool
     with_lse: bool = False
     """Whether the caller gets the log-sum-exp, and may differentiate it."""
+    tracked: bool = True
+    """Whether gradients can be asked for."""
 
 
 @dataclass
@@ -64,6 +68,12 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def take_turns(ranks: Sequence[Generator[None, None, T]]) -> list[T]:
     """Runs the loops of all ranks hosted here, each to its next yield in turn; returns their results."""
+    if len(ranks) == 1:
+        while True:
+            try:
+                next(ranks[0])
+            except StopIteration as stop:
+                return [stop.value]
     results: dict[int, T] = {}
     while len(results) < len(ranks):
         for i, rank in enumerate(ranks):
@@ -84,8 +94,19 @@ def _rows(x: Tensor, view: View, dim: int = 1) -> Tensor:
     return x[tuple(index)]
 
 
-def _whole(parts: Sequence[Part]) -> bool:
-    return all(part.q_view == (0, 1) for part in parts)
+class _Calls(NamedTuple):
+    """How a plan's kernel calls pass the running state on: ``direct``: the first one starts it and ``last`` finishes it."""
+
+    direct: bool
+    last: Part | None
+
+
+@lru_cache(maxsize=1024)
+def _calls(plan: Plan) -> _Calls:
+    """Not direct are calls that see only some of the rows (views)."""
+    work = [part for step in plan.steps for part in step.parts]
+    direct = bool(work) and all(part.q_view == (0, 1) for part in work)
+    return _Calls(direct, work[-1] if work else None)
 
 
 def _only_call(plan: Plan) -> Part | None:
@@ -101,22 +122,26 @@ def forward_loop(
 ) -> Generator[None, None, tuple[Tensor, Tensor, Saved]]:
     """out (B, Sq, H, Dv) and lse (B, H, Sq) of the local rows, and what to save."""
     plan, kernel = job.plan, job.kernel
-    heads = HeadExchange(plan, job.transport)
-    q, k, v = yield from heads.enter([(q, False), (k, True), (v, True)])
-    acc = accumulate_dtype(q.dtype)
-    work = [(n, part) for n, step in enumerate(plan.steps) for part in step.parts]
+    trades = len(plan.shares) > 1
+    if trades:
+        heads = HeadExchange(plan, job.transport)
+        q, k, v = yield from heads.enter([(q, False), (k, True), (v, True)])
     # Start in the first kernel call and finish in the last, unless calls see only some of the rows (views), or sinks come first:
     # a sink is a running state of its own, output 0 and log-sum-exp of the sink.
     carry: tuple[Tensor, Tensor] | None = None
-    direct = bool(work) and _whole([part for _, part in work])
+    direct, last = _calls(plan)
     if sinks is not None or not direct:
-        carry = _initial(q, v, acc, None if sinks is None else sinks[plan.share.q0 : plan.share.q1])
+        carry = _initial(q, v, accumulate_dtype(q.dtype), None if sinks is None else sinks[plan.share.q0 : plan.share.q1])
     stages = Stages(plan, job.transport, k, v)
     for n, step in enumerate(plan.steps):
         if n:
             yield
+            trace.begin(trace.WAIT, n)
         k_stage, v_stage = stages.arrive(n)
+        if n:
+            trace.end(trace.WAIT, n)
         stages.post(n)
+        trace.begin(trace.FORWARD, n)
         for part in step.parts:
             view = carry if carry is None else (_rows(carry[0], part.q_view), _rows(carry[1], part.q_view, dim=2))
             state = kernel.forward(
@@ -127,14 +152,17 @@ def forward_loop(
                 scale=job.scale,
                 softcap=job.softcap,
                 carry=view,
-                finish=direct and part is work[-1][1],
+                finish=direct and part is last,
             )
             carry = state if direct else carry
+        trace.end(trace.FORWARD, n)
         stages.release(n)
     stages.finish()
     assert carry is not None
     out, lse = carry
-    saved = Saved(q, k, v, out.to(q.dtype), lse, sinks)
+    saved = Saved(q, k, v, out if out.dtype == q.dtype else out.to(q.dtype), lse, sinks)
+    if not trades:
+        return saved.out, lse, saved
     n_heads = plan.key.heads
     out, wide = yield from heads.leave([(saved.out, False), (lse.transpose(1, 2).unsqueeze(-1), False)], [n_heads, n_heads])
     return out, wide.squeeze(-1).transpose(1, 2), saved
@@ -246,15 +274,20 @@ def _dsinks(plan: Plan, saved: Saved, delta: Tensor) -> Tensor:
     return dsinks.to(saved.sinks.dtype)
 
 
+def forward_pass(jobs: tuple[Job, ...], *tensors: Tensor | None) -> list[tuple[Tensor, Tensor, Saved]]:
+    """The forward loops of all ranks hosted here. tensors: q, k, v, sinks of each job in turn."""
+    loops = [forward_loop(job, *inputs) for job, inputs in zip(jobs, _by_job(tensors, 4), strict=True)]  # type: ignore[arg-type]
+    with _full_precision():
+        return take_turns(loops)
+
+
 class Attention(torch.autograd.Function):
     """Attention of all ranks hosted by this process: one, or every rank of a simulated world."""
 
     @staticmethod
     def forward(ctx: Any, jobs: tuple[Job, ...], *tensors: Tensor | None) -> tuple[Tensor, ...]:
         """tensors: q, k, v, sinks of each job in turn. Returns out, lse of each job in turn."""
-        loops = [forward_loop(job, *inputs) for job, inputs in zip(jobs, _by_job(tensors, 4), strict=True)]  # type: ignore[arg-type]
-        with _full_precision():
-            results = take_turns(loops)
+        results = forward_pass(jobs, *tensors)
         ctx.jobs = jobs
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*(x for _, _, saved in results for x in saved.tensors()))
@@ -280,14 +313,18 @@ class Attention(torch.autograd.Function):
             return (None, *(x for result in take_turns(loops) for x in result))
 
 
-@contextmanager
-def _full_precision() -> Iterator[None]:
+_AS_IT_IS: AbstractContextManager[None] = nullcontext()
+
+
+def _full_precision() -> AbstractContextManager[Any]:
     """Turns autocast off: it would round the float32 running state of every matrix product inside to bfloat16."""
     devices = [d for d in ("cpu", "cuda") if torch.is_autocast_enabled(d)]
-    with ExitStack() as stack:
-        for device in devices:
-            stack.enter_context(torch.autocast(device, enabled=False))
-        yield
+    if not devices:
+        return _AS_IT_IS
+    stack = ExitStack()
+    for device in devices:
+        stack.enter_context(torch.autocast(device, enabled=False))
+    return stack
 
 
 def _by_job(tensors: Sequence[T], n: int) -> Iterator[tuple[T, ...]]:
