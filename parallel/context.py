@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -142,7 +141,7 @@ class ContextParallel(Sharding):
         if transport not in TRANSPORTS:
             raise ValueError(f"unknown transport {transport!r}; allowed are {', '.join(TRANSPORTS)}")
         plain = make_schedule(schedule, self.world, ulysses, inner)
-        if transport == "allgather" and not (schedule == "allgather" and plain.ulysses == 1):
+        if transport == "allgather" and not (plain.name == "allgather" and plain.ulysses == 1):
             raise ValueError(
                 f'transport "allgather" brings all chunks at once: it needs schedule="allgather" without ulysses, got {plain}'
             )
@@ -200,9 +199,7 @@ class ContextParallel(Sharding):
             return P2P(group, timeout_s, word), f"auto: no symmetric memory, {error}"
 
     def _meet_on_one_host(self, device: torch.device) -> None:
-        host = Path("/proc/sys/kernel/random/boot_id")
-        facts = {"host": host.read_text().strip() if host.exists() else "unknown", "device": device.type}
-        said = self.agreement.gather(facts)
+        said = self.agreement.gather({"host": env.host()})
         if len({fact["host"] for fact in said.values()}) > 1:
             elsewhere = next(rank for rank, fact in said.items() if fact["host"] != said[0]["host"])
             raise NotSharedError(f"rank {elsewhere} is on another host than rank 0")

@@ -192,7 +192,7 @@ BUGS = (
     Bug(
         "kernel finishes after every step",
         "ringflash/autograd.py",
-        "finish=direct and part is work[-1][1]",
+        "finish=direct and part is last",
         "finish=direct",
         PRECISION + FAST,
     ),
