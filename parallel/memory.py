@@ -122,10 +122,10 @@ class Rows:
 class _StagesWalk:
     """transport.Stages: one buffer a stage from its post to its release, the own chunk packed when it is first sent."""
 
-    def __init__(self, plan: Plan, ledger: Ledger, row: int) -> None:
+    def __init__(self, plan: Plan, ledger: Ledger, row: int, leased: bool = False) -> None:
         self.plan, self.ledger, self.row = plan, ledger, row
         self.there: set[int] = set()
-        self.packed = False
+        self.packed = leased  # then it is a part of what the transport holds all the time
         self.leaving: int | None = None  # released, but the loop's variables still hold it
 
     def _stage(self, step: int) -> None:
@@ -161,15 +161,15 @@ class _StagesWalk:
 class _HomeWalk:
     """transport.Homecoming: one float32 buffer a stage until its gradients have left, and what arrives for the own chunk."""
 
-    def __init__(self, plan: Plan, ledger: Ledger, row: int) -> None:
-        self.plan, self.ledger, self.row = plan, ledger, row
+    def __init__(self, plan: Plan, ledger: Ledger, row: int, leased: bool = False) -> None:
+        self.plan, self.ledger, self.row, self.leased = plan, ledger, row, leased
         self.there: set[int] = set()
         self.leaving: list[int] = []
         self.current = 0  # the loop's variables hold this one, released or not
 
     def gradients(self, step: int) -> None:
         self.current = step
-        if step not in self.there:
+        if step not in self.there and not (step and self.leased):  # what leaves lies in the transport's own buffers
             self.there.add(step)
             self.ledger.take(HOME, self.plan.steps[step].rows * self.row)
 
@@ -187,7 +187,7 @@ class _HomeWalk:
 
     def release(self, step: int) -> None:
         owners = {chunk.owner for chunk in self.plan.steps[step].chunks}
-        if step and not any(t.owner in owners for slot in self.plan.homes[step + 1 :] for t in slot):
+        if step in self.there and step and not any(t.owner in owners for slot in self.plan.homes[step + 1 :] for t in slot):
             self.leaving.append(step)
 
 
@@ -234,8 +234,8 @@ def _span(share: HeadShare, keys: bool) -> int:
     return share.k1 - share.k0 if keys else share.q1 - share.q0
 
 
-def forward_peak(plan: Plan, shape: Shape, sinks: bool = False) -> Peak:
-    """The peak of `autograd.forward_loop`, inputs and results included."""
+def forward_peak(plan: Plan, shape: Shape, sinks: bool = False, leased: bool = False) -> Peak:
+    """The peak of `autograd.forward_loop`, inputs and results included. leased: without what symmetric memory holds for it."""
     ledger, row = Ledger(), Rows.of(plan, shape)
     e, acc = shape.dtype_bytes * shape.batch, shape.acc_bytes * shape.batch
     heads, kv_heads = plan.key.heads, plan.key.kv_heads
@@ -251,7 +251,7 @@ def forward_peak(plan: Plan, shape: Shape, sinks: bool = False) -> Peak:
     if state:
         ledger.take(STATE, plan.q_len * row.out_acc)
         ledger.take(RESULTS, plan.q_len * row.lse)
-    stages = _StagesWalk(plan, ledger, row.kv)
+    stages = _StagesWalk(plan, ledger, row.kv, leased)
     for n, step in enumerate(plan.steps):
         stages.arrive(n)
         stages.post(n)
@@ -275,8 +275,11 @@ def forward_peak(plan: Plan, shape: Shape, sinks: bool = False) -> Peak:
     return ledger.peak()
 
 
-def backward_peak(plan: Plan, shape: Shape, dlse: bool = False) -> Peak:
-    """The peak of `autograd.backward_loop`: what forward saved, the incoming gradients, and the results included."""
+def backward_peak(plan: Plan, shape: Shape, dlse: bool = False, leased: bool = False) -> Peak:
+    """The peak of `autograd.backward_loop`: what forward saved, the incoming gradients, and the results included.
+
+    leased: without what symmetric memory holds for it.
+    """
     ledger, row = Ledger(), Rows.of(plan, shape)
     e, acc = shape.dtype_bytes * shape.batch, shape.acc_bytes * shape.batch
     heads, kv_heads = plan.key.heads, plan.key.kv_heads
@@ -290,7 +293,7 @@ def backward_peak(plan: Plan, shape: Shape, dlse: bool = False) -> Peak:
         exchange.enter(GRADS_IN, [(shape.head_dim_v * e, False), *([(acc, False)] if dlse else [])])
     ledger.take(GRADS_IN, plan.q_len * row.lse)
     ledger.take(STATE, plan.q_len * row.q_acc)
-    stages, home = _StagesWalk(plan, ledger, row.kv), _HomeWalk(plan, ledger, row.kv_acc)
+    stages, home = _StagesWalk(plan, ledger, row.kv, leased), _HomeWalk(plan, ledger, row.kv_acc, leased)
     home.gradients(0)
     for n in range(len(plan.steps)):
         stages.arrive(n)
