@@ -7,7 +7,8 @@ times, each reading about ``work_ms`` long, after ``warm_s`` seconds of the same
 visible pair and head forward, 10 D backward. A system whose results differ from ours, or that fails, is left out with a word.
 Rows go to a JSON-lines file as they are measured; every suite ends with its geometric mean and its worst cell.
 
-The suites "epilogues" (forward), "ring_steps" and "deterministic" (backward) compare ours with itself.
+The suites "epilogues" (forward), "ring_steps" and "deterministic" (backward) compare ours with itself; "ceiling" is one large
+matrix product, as fast as the chip goes.
 """
 
 from __future__ import annotations
@@ -88,8 +89,8 @@ SUITES: dict[str, list[Case]] = {
     "windows": [Case(f"window {w} at 64k", 65536, 16, 16, 128, True, window=w) for w in (1024, 4096)],
 }
 DETERMINISTIC = [c for c in SUITES["dense_128"] if (c.S, c.H) in ((1024, 16), (4096, 16), (16384, 16), (8192, 32), (32768, 32))]
-OWN_SUITES = {"epilogues": "forward", "ring_steps": "backward", "deterministic": "backward"}
-"""Suites that compare ours with itself, and their direction."""
+OWN_SUITES = {"ceiling": "forward", "epilogues": "forward", "ring_steps": "backward", "deterministic": "backward"}
+"""Suites without peers, and their direction."""
 
 
 @dataclass
@@ -114,6 +115,8 @@ class Row:
     """Of this system's rate to the peer's."""
     of_dense: float | None
     """Documents: of the rate to the dense causal one at their mean length."""
+    peak_mib: float
+    """Memory that a call takes, its results included."""
     gpu: str
     torch: str
     commit: str
@@ -129,6 +132,7 @@ class Run:
     """Done before every reading, outside it."""
     most: int = 1 << 30
     """Calls of one reading."""
+    peak_mib: float = 0.0
 
     def ms(self, calls: int) -> float:
         """Milliseconds of one call, the mean of so many."""
@@ -142,6 +146,14 @@ class Run:
         torch.cuda.synchronize()
         ms = float(start.elapsed_time(end))
         return ms / calls
+
+    def measured_ms(self) -> float:
+        """Milliseconds of one call, whose memory goes into ``peak_mib``."""
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        ms = self.ms(1)
+        self.peak_mib = round((torch.cuda.max_memory_allocated() - before) / 2**20, 2)
+        return ms
 
 
 @dataclass
@@ -305,7 +317,7 @@ def dense_run(p: Problem) -> Run:
 
 def epilogues(cfg: DictConfig) -> Iterator[Group]:
     """What continuing, staying in float32 and a second chunk cost the forward."""
-    for S in (8192, 32768):
+    for S in (n for n in (8192, 32768) if cfg.max_len >= n):
         half = Case(f"full {S} 32/8", S, 32, 8, 128, causal=False)
         p = Problem.random(half, "forward", 1, getattr(torch, cfg.dtype))
         carry = torch.randn(p.q.shape, device="cuda"), torch.randn(1, half.H, S, device="cuda")
@@ -330,6 +342,19 @@ def epilogues(cfg: DictConfig) -> Iterator[Group]:
                 2 * p.flops,
             )
         yield Group("epilogues", half, "forward", 1, runs, dict.fromkeys(runs, "one chunk"))
+
+
+def ceiling(cfg: DictConfig) -> Iterator[Group]:
+    """What the chip's matrix units give on random data: one large product, by torch."""
+    n = 8192
+    a, b = (torch.randn(n, n, device="cuda", dtype=getattr(torch, cfg.dtype)) for _ in range(2))
+    yield Group(
+        "ceiling",
+        Case("matrix product of 8192", n, 1, 1, n, causal=False),
+        "forward",
+        1,
+        {"product": Run(lambda: a @ b, 2 * n**3)},
+    )
 
 
 def ring_steps(cfg: DictConfig) -> Iterator[Group]:
@@ -376,7 +401,8 @@ def groups(suite: str, direction: str, cfg: DictConfig) -> Iterator[Group]:
     """Made one after the other, so that one group's tensors are gone before the next one's come."""
     if suite in OWN_SUITES:
         if direction == OWN_SUITES[suite]:
-            yield from {"epilogues": epilogues, "ring_steps": ring_steps, "deterministic": deterministic}[suite](cfg)
+            made = {"ceiling": ceiling, "epilogues": epilogues, "ring_steps": ring_steps, "deterministic": deterministic}
+            yield from made[suite](cfg)
         return
     for case in SUITES[suite]:
         if cfg.max_len >= case.S and cfg.only in case.name:
@@ -385,7 +411,7 @@ def groups(suite: str, direction: str, cfg: DictConfig) -> Iterator[Group]:
 
 def read(runs: dict[str, Run], cfg: DictConfig) -> dict[str, list[float]]:
     """Milliseconds of one call of each, ``rounds`` readings taken in turn."""
-    once = {name: run.ms(1) for name, run in runs.items()}
+    once = {name: run.measured_ms() for name, run in runs.items()}
     calls = {name: min(run.most, max(1, round(cfg.work_ms / once[name]))) for name, run in runs.items()}
     begin = time.monotonic()
     while True:  # brings the chip to its steady state
@@ -412,7 +438,7 @@ def rows_of(group: Group, found: dict[str, list[float]], dtype: str, where: tupl
             Row(
                 group.suite, case.name, group.direction, name, group.batch, case.S, case.H, case.Hkv, case.D, dtype,
                 percentiles(found[name]), round(rate, 1), peer, round(rate / rates[peer], 4) if peer else None,
-                round(rate / yardstick, 4) if yardstick else None, *where,
+                round(rate / yardstick, 4) if yardstick else None, group.runs[name].peak_mib, *where,
             )
         )  # fmt: skip
     return rows

@@ -89,6 +89,7 @@ def kernel_table(path: Path, out: Path) -> None:
     present = {r["system"] for r in latest.values()}
     colours = {system: colour for system, colour in KERNEL_COLOURS.items() if system in present}
     panels = [p for p in KERNEL_PANELS if any(_in_panel(r, p) for r in latest.values())]
+    ceiling = next((r["tflops"] for r in latest.values() if r["suite"] == "ceiling"), None)
     plt = _pyplot()
     figure, axes = plt.subplots(
         len(panels), 2, figsize=(17, 0.6 + 2.5 * len(panels)), squeeze=False, sharey="row", layout="constrained"
@@ -106,6 +107,8 @@ def kernel_table(path: Path, out: Path) -> None:
                     height = max(groups[x].values())
                     colour = COLOURS[2] if ratio >= 1 else COLOURS[1]
                     axis.text(x, height * 1.02, f"{ratio:.2f}", ha="center", va="bottom", fontsize=7.5, color=colour)
+            if ceiling:
+                axis.axhline(ceiling, color=SOFT, linewidth=0.8, linestyle=(0, (4, 4)))
             axis.set_title(f"{direction}: {panel[0]}", loc="left", fontsize=10, color=INK)
         row[0].set_ylabel("TFLOP/s", color=SOFT)
     some = next(iter(latest.values()))
@@ -113,7 +116,11 @@ def kernel_table(path: Path, out: Path) -> None:
         f"Attention kernels, {some['gpu']}, {some['dtype']}; above the bars: ringflash over the better peer", x=0.01, ha="left"
     )
     handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in colours.values()]
-    figure.legend(handles, [LABELS[s] for s in colours], loc="outside lower center", ncols=len(colours), frameon=False)
+    words = [LABELS[s] for s in colours]
+    if ceiling:
+        handles.append(plt.Line2D([], [], color=SOFT, linewidth=0.8, linestyle=(0, (4, 4))))
+        words.append("large matrix product")
+    figure.legend(handles, words, loc="outside lower center", ncols=len(words), frameon=False)
     figure.savefig(out, dpi=150)
     plt.close(figure)
 

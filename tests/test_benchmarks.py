@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -10,10 +11,13 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch.nn.attention import SDPBackend
 
+import ringflash as rf
 from ringflash.mask import Mask
 from ringflash.parallel.layout import make_layout
 from ringflash.simulated import SimulatedWorld
+from ringflash.testing.rank_pool import RankPool
 
 hydra = pytest.importorskip("hydra")
 pytest.importorskip("matplotlib")
@@ -197,9 +201,29 @@ def test_peers_do_only_what_they_can() -> None:
             assert peer == "ulysses_fa4" or (peer in baselines.PEERS and not work.window and not work.lengths)
 
 
+def ulysses_on_rank(rank: int) -> float:
+    torch.manual_seed(0)
+    full = [torch.randn(1, 32, h, 8, dtype=torch.float64) for h in (4, 2, 2, 4)]
+    cp = rf.ContextParallel(None, "contiguous", "ring")
+    results = []
+    for attend in (
+        baselines.ulysses(lambda q, k, v: baselines.sdpa(q, k, v, SDPBackend.MATH)),
+        lambda q, k, v: rf.attention(q, k, v, mask=Mask.causal(), cp=cp),
+    ):
+        q, k, v, dout = (cp.shard(x).requires_grad_() for x in full)
+        out = attend(q, k, v)
+        results.append((out, *torch.autograd.grad(out, (q, k, v), dout)))
+    return max(float((x - y).abs().max()) for x, y in zip(*results, strict=True))
+
+
+def test_the_ulysses_peer_computes_the_same(ranks: Callable[[int], RankPool]) -> None:
+    assert max(ranks(2).run(ulysses_on_rank)) < 1e-12
+
+
 def test_pictures_of_all_suites(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
-    made = []
+    product = Group("ceiling", Case("product", 8192, 1, 1, 8192, False), "forward", 1, {"product": Run(lambda: None, 1.5e12)})
+    made = bench_kernel.rows_of(product, {"product": [2.0, 2.0]}, "bfloat16", WHERE)
     for direction in ("forward", "backward"):
         for suite, cases in SUITES.items():
             for case in cases:
