@@ -196,8 +196,8 @@ def timeline(path: Path, out: Path) -> None:
     lanes = [lane for lane in LANES if any(s["lane"] == lane for s in spans)]
     plt = _pyplot()
     figure, axis = plt.subplots(figsize=(16, 1.6 + 0.42 * len(ranks) * (len(lanes) + 0.6)), layout="constrained")
-    begin = {rank: min(s["start"] for s in spans if s["rank"] == rank) for rank in ranks}
-    last = max(s["stop"] - begin[s["rank"]] for s in spans)
+    begin = min(s["start"] for s in spans)
+    last = max(s["stop"] for s in spans) - begin
     ticks, words = [], []
     for i, rank in enumerate(ranks):
         for j, lane in enumerate(lanes):
@@ -205,7 +205,7 @@ def timeline(path: Path, out: Path) -> None:
             ticks.append(y)
             words.append(f"rank {rank}, {lane}" if not j else lane)
             for s in (s for s in spans if (s["rank"], s["lane"]) == (rank, lane)):
-                start, length = s["start"] - begin[rank], s["stop"] - s["start"]
+                start, length = s["start"] - begin, s["stop"] - s["start"]
                 waits = s["what"] == "wait"
                 if waits and lane != "compute":  # a copy engine that waits costs nobody anything
                     axis.barh(y, length, 0.12, start, color=FAINT, zorder=1)
