@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from ringflash.parallel.plan import HeadShare, Plan
+from ringflash.parallel.plan import HeadShare, Plan, make_plan
+from ringflash.parallel.transport.symmetric import BUFFERS, buffer_bytes
 
 INPUTS = "q, k, v"
 RESULTS = "out, lse"
@@ -320,3 +321,44 @@ def backward_peak(plan: Plan, shape: Shape, dlse: bool = False, leased: bool = F
     elif rounded:
         ledger.take(GRADS_OUT, plan.k_len * row.kv)
     return ledger.peak()
+
+
+def tensor_bytes(plan: Plan, shape: Shape, backward: bool = True) -> int:
+    """What the caller has anyway on this rank: q, k, v, out, log-sum-exp; with ``backward`` also gradients of the first four."""
+    q, k = plan.q_lengths[plan.member], plan.k_lengths[plan.member]
+    rows = q * plan.key.heads * (shape.head_dim + shape.head_dim_v) + k * plan.key.kv_heads * shape.dims
+    return shape.batch * (rows * shape.dtype_bytes * (2 if backward else 1) + q * plan.key.heads * shape.acc_bytes)
+
+
+def symmetric_bytes(plan: Plan, shape: Shape, backward: bool = True) -> int:
+    """What the transport "symmetric" holds all the time, outside torch's allocator: two buffers of chunks, two of gradients."""
+    if len(plan.steps) == 1:
+        return 0
+    row = (shape.batch, shape.dims)
+    chunks = buffer_bytes(plan, "chunks", row, shape.dtype_bytes)
+    return BUFFERS * (chunks + (buffer_bytes(plan, "gradients", row, shape.acc_bytes) if backward else 0))
+
+
+def extra_bytes(
+    plan: Plan, shape: Shape, *, groups: int = 1, backward: bool = True, sinks: bool = False, dlse: bool = False,
+    symmetric: bool = False,
+) -> int:  # fmt: skip
+    """The most that the passes take beyond `tensor_bytes`: running state, stages, and what the transport holds.
+
+    groups: of heads, computed one after the other (autograd.py). All of it is then of one group, and so are results before they
+    are put where they belong.
+    """
+    part = plan
+    if groups > 1:
+        part = make_plan(replace(plan.key, heads=plan.key.heads // groups, kv_heads=plan.key.kv_heads // groups))
+    forward = forward_peak(part, shape, sinks, symmetric).total - tensor_bytes(part, shape, False)
+    if groups > 1:  # a group's out and lse
+        forward += shape.batch * part.q_len * part.key.heads * (shape.head_dim_v * shape.dtype_bytes + shape.acc_bytes)
+    most = forward
+    if backward:
+        back = backward_peak(part, shape, dlse, symmetric)
+        most = max(most, back.total - tensor_bytes(part, shape))
+        if groups > 1:  # a group's dq, dk, dv
+            own = part.key.heads * shape.head_dim * part.q_len + part.key.kv_heads * shape.dims * part.k_len
+            most = max(most, back.total - tensor_bytes(part, shape) + shape.batch * shape.dtype_bytes * own)
+    return max(most, 0) + (symmetric_bytes(part, shape, backward) if symmetric else 0)

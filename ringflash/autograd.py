@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, NamedTuple, TypeVar
 
@@ -21,7 +21,7 @@ from ringflash.kernels import Kernel, OneCallKernel
 from ringflash.kernels.hopper_backward import delta as rowsum_delta
 from ringflash.parallel import trace
 from ringflash.parallel.heads import HeadExchange
-from ringflash.parallel.plan import Part, Plan, View
+from ringflash.parallel.plan import Part, Plan, View, make_plan
 from ringflash.parallel.transport import Homecoming, Stages, Transport
 
 T = TypeVar("T")
@@ -41,6 +41,8 @@ class Job:
     """Whether the caller gets the log-sum-exp, and may differentiate it."""
     tracked: bool = True
     """Whether gradients can be asked for."""
+    groups: int = 1
+    """Groups of heads that go through the loop one after the other: what a pass holds besides its tensors is so much smaller."""
 
 
 @dataclass
@@ -177,6 +179,67 @@ def _initial(q: Tensor, v: Tensor, acc: torch.dtype, sinks: Tensor | None) -> tu
     return out, lse
 
 
+@lru_cache(maxsize=1024)
+def _of_one_group(plan: Plan, groups: int) -> Plan:
+    """The plan of a part of the heads."""
+    key = plan.key
+    assert key.heads % groups == 0 == key.kv_heads % groups and key.schedule.ulysses == 1
+    return make_plan(replace(key, heads=key.heads // groups, kv_heads=key.kv_heads // groups))
+
+
+def _heads(x: Tensor, group: int, groups: int, dim: int = 2) -> Tensor:
+    """A group's heads, as a view."""
+    n = x.shape[dim] // groups
+    return x.narrow(dim, group * n, n)
+
+
+def forward_in_groups(
+    job: Job, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None
+) -> Generator[None, None, tuple[Tensor, Tensor, Saved]]:
+    """`forward_loop` of each group of heads in turn."""
+    if job.groups == 1:
+        return (yield from forward_loop(job, q, k, v, sinks))
+    n = job.groups
+    part = replace(job, plan=_of_one_group(job.plan, n), groups=1)
+    out = q.new_empty((*q.shape[:3], v.shape[3]))
+    lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=accumulate_dtype(q.dtype))
+    for i in range(n):
+        if i:
+            yield
+        sinks_i = None if sinks is None else _heads(sinks, i, n, 0)
+        results = yield from forward_loop(part, _heads(q, i, n), _heads(k, i, n), _heads(v, i, n), sinks_i)
+        _heads(out, i, n).copy_(results[0])
+        _heads(lse, i, n, 1).copy_(results[1])
+        del results  # before the next group makes its own
+    return out, lse, Saved(q, k, v, out, lse, sinks)
+
+
+def backward_in_groups(
+    job: Job, saved: Saved, dout: Tensor | None, dlse: Tensor | None
+) -> Generator[None, None, tuple[Tensor, Tensor, Tensor, Tensor | None]]:
+    """`backward_loop` of each group of heads in turn."""
+    if job.groups == 1:
+        return (yield from backward_loop(job, saved, dout, dlse))
+    n = job.groups
+    part = replace(job, plan=_of_one_group(job.plan, n), groups=1)
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (saved.q, saved.k, saved.v))
+    dsinks = None if saved.sinks is None else torch.empty_like(saved.sinks)
+    for i in range(n):
+        if i:
+            yield
+        q, k, v, out = (_heads(x, i, n) for x in (saved.q, saved.k, saved.v, saved.out))
+        sinks = None if saved.sinks is None else _heads(saved.sinks, i, n, 0)
+        own = Saved(q, k, v, out, _heads(saved.lse, i, n, 1), sinks)
+        dout_i, dlse_i = None if dout is None else _heads(dout, i, n), None if dlse is None else _heads(dlse, i, n, 1)
+        results = yield from backward_loop(part, own, dout_i, dlse_i)
+        for whole, result in zip((dq, dk, dv), results[:3], strict=True):
+            _heads(whole, i, n).copy_(result)
+        if dsinks is not None and results[3] is not None:
+            _heads(dsinks, i, n, 0).copy_(results[3])
+        del results, result, own  # before the next group makes its own
+    return dq, dk, dv, dsinks
+
+
 def backward_loop(
     job: Job, saved: Saved, dout: Tensor | None, dlse: Tensor | None
 ) -> Generator[None, None, tuple[Tensor, Tensor, Tensor, Tensor | None]]:
@@ -276,7 +339,7 @@ def _dsinks(plan: Plan, saved: Saved, delta: Tensor) -> Tensor:
 
 def forward_pass(jobs: tuple[Job, ...], *tensors: Tensor | None) -> list[tuple[Tensor, Tensor, Saved]]:
     """The forward loops of all ranks hosted here. tensors: q, k, v, sinks of each job in turn."""
-    loops = [forward_loop(job, *inputs) for job, inputs in zip(jobs, _by_job(tensors, 4), strict=True)]  # type: ignore[arg-type]
+    loops = [forward_in_groups(job, *inputs) for job, inputs in zip(jobs, _by_job(tensors, 4), strict=True)]  # type: ignore[arg-type]
     with _full_precision():
         return take_turns(loops)
 
@@ -308,7 +371,7 @@ class Attention(torch.autograd.Function):
             if with_dlse and dlse is None:
                 shape = (state.lse.shape[0], job.plan.key.heads, job.plan.q_lengths[job.plan.member])
                 dlse = state.lse.new_zeros(shape)
-            loops.append(backward_loop(job, state, dout, dlse))
+            loops.append(backward_in_groups(job, state, dout, dlse))
         with _full_precision():
             return (None, *(x for result in take_turns(loops) for x in result))
 

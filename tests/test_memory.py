@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from ringflash.autograd import Job, backward_loop, forward_loop
+from ringflash.autograd import Job, backward_in_groups, forward_in_groups
 from ringflash.mask import Mask
-from ringflash.parallel.memory import Peak, Shape, backward_peak, forward_peak
+from ringflash.parallel.memory import Peak, Shape, backward_peak, extra_bytes, forward_peak, tensor_bytes
 from ringflash.parallel.plan import Plan
 from ringflash.parallel.transport import Label, Message, Transport
 from ringflash.simulated import SimulatedWorld
@@ -182,14 +182,34 @@ def test_the_walk_counts_what_the_loops_allocate(case: Case, leased: bool) -> No
         v = torch.zeros(case.batch, own_k, case.kv_heads, case.head_dim_v, dtype=case.dtype)
         sinks = torch.zeros(case.heads) if case.sinks else None
         with Storages(transport, q, k, v) as counted:
-            _, _, saved = run_out(forward_loop(job, q, k, v, sinks))
+            _, _, saved = run_out(forward_in_groups(job, q, k, v, sinks))
         agree(forward_peak(plan, case.shape, case.sinks, leased), counted.most)
         dout = torch.zeros(case.batch, own_q, case.heads, case.head_dim_v, dtype=case.dtype)
         dlse = torch.zeros(case.batch, case.heads, own_q) if case.dlse else None
         with Storages(transport, *saved.tensors()[:5], dout, dlse) as counted:
-            run_out(backward_loop(job, saved, dout, dlse))
+            run_out(backward_in_groups(job, saved, dout, dlse))
         agree(backward_peak(plan, case.shape, case.dlse, leased), counted.most)
 
 
 def agree(peak: Peak, counted: int) -> None:
     assert abs(peak.total - counted) <= SMALL, (counted, peak)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("schedule", ["ring", "allgather", "staged:2"])
+def test_heads_in_groups_take_what_the_formula_says(schedule: str, groups: int) -> None:
+    case = Case("groups", Mask.causal(), schedule, heads=8, kv_heads=4, batch=1)
+    found, told = [], []
+    for rank in range(case.world):
+        plan = case.plan(rank)
+        job = Job(plan, Idle(), Nowhere(), 1.0, 0.0, False, groups=groups)  # type: ignore[arg-type]
+        q, k, v = (torch.zeros(1, plan.q_len, heads, d, dtype=case.dtype) for heads, d in ((8, 16), (4, 16), (4, 24)))
+        with Storages(job.transport, q, k, v) as forward:
+            _, _, saved = run_out(forward_in_groups(job, q, k, v, None))
+        dout = torch.zeros_like(saved.out)
+        with Storages(job.transport, *saved.tensors()[:5], dout) as backward:
+            run_out(backward_in_groups(job, saved, dout, None))
+        tensors = tensor_bytes(plan, case.shape)
+        found.append(max(forward.most - tensor_bytes(plan, case.shape, backward=False), backward.most - tensors))
+        told.append(extra_bytes(plan, case.shape, groups=groups))
+    assert all(abs(a - b) <= SMALL for a, b in zip(found, told, strict=True)), (found, told)
