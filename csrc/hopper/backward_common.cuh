@@ -57,6 +57,9 @@ struct __align__(16) Step {
 /// query stage, which itself is at most 2 steps ahead of the warpgroup of dQ.
 constexpr int kStepRing = 8;
 
+/// A value that all lanes hold, in a uniform register.
+__device__ __forceinline__ int uniform(int x) { return __shfl_sync(~0u, x, 0); }
+
 template <int Rows, int Keys>
 struct __align__(16) Statistics {
   float negative_lse[Rows];    // -lse * log2(e); -inf: the row sees nothing, P = 0
@@ -210,8 +213,7 @@ __device__ __forceinline__ void produce_statistics(const BackwardParams& p, Shar
         to.seen_by[r] = static_cast<uint16_t>(seen.begin() | seen.end() << 8);
       }
     }
-    __syncwarp();
-    if (lane == 0) ptx::mbarrier_arrive(&s.q_full[stage]);
+    ptx::mbarrier_arrive(&s.q_full[stage]);  // every lane, for what it stored
   }
 }
 

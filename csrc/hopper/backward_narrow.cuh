@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       ptx::mbarrier_init(&s.turn.mine[i], 1), ptx::mbarrier_init(&s.turn.added[i], 1),
           ptx::mbarrier_init(&s.turn.passed_on[i], 1);
     }
-    for (int i = 0; i < Tile::kQStages; i++) ptx::mbarrier_init(&s.q_full[i], 2), ptx::mbarrier_init(&s.q_free[i], 8);
+    for (int i = 0; i < Tile::kQStages; i++) ptx::mbarrier_init(&s.q_full[i], 33), ptx::mbarrier_init(&s.q_free[i], 8);
     ptx::mbarrier_init(&s.ds_full[0], 8), ptx::mbarrier_init(&s.ds_free[0], 4);
     for (int i = 0; i < kStepRing; i++) ptx::mbarrier_init(&s.step_told[i], 1);
     ptx::mbarrier_init_fence();
@@ -154,6 +154,12 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       ptx::wgmma_wait<kRows == 64 ? 1 : 0>();  // dP; of 128 rows dV too, ptxas finds no registers for both
       ptx::pin(x);
       subtract_delta(x, rows.negative_delta + c0, p.scale);
+      ptx::pin(x);           // with the branches below this keeps ptxas from waiting for dV before the subtraction
+      if (flags & kFirst) {  // the boxes of the item before lie where dS goes
+        if (thread == 0) ptx::bulk_wait_read<0>();
+        sync_consumer();
+      }
+      ptx::mbarrier_wait(&s.ds_free[0], (i & 1) ^ 1);
       ptx::wgmma_wait<0>();  // dV
       ptx::pin(a);
       if (lane == 0) {
@@ -161,17 +167,9 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         if (last) ptx::mbarrier_arrive(&s.v_free);
       }
       score_gradients<T, Softcap>(a, x, rows.negative_lse + c0, p);
-      if (flags & kFirst) {  // the boxes of the item before lie where dS goes
-        if (thread == 0) ptx::bulk_wait_read<0>();
-        sync_consumer();
-      }
-      ptx::mbarrier_wait(&s.ds_free[0], (i & 1) ^ 1);
 #pragma unroll
       for (int k = 0; k < kRows / 16; k++)
         ptx::stmatrix_x4_trans(ds_store + k * 16 * 128, a[4 * k], a[4 * k + 1], a[4 * k + 2], a[4 * k + 3]);
-      ptx::fence_async_proxy();
-      __syncwarp();
-      if (lane == 0) ptx::mbarrier_arrive(&s.ds_full[0]);
       // S of the next step, also across items: its keys are in the other buffer. The very last step repeats its own S, which
       // nobody reads: a conditional product would cost a second code path.
       int next = q_stage;
@@ -184,6 +182,9 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       ptx::wgmma_fence();
       issue_scores(x, k_low + ((items + (last ? 1 : 0)) & 1) * (sizeof(s.k[0]) / 16), q_low, next);
       issue_gradient(dk, a, q_low, q_stage);
+      ptx::fence_async_proxy();  // of the stores of dS; here it waits while the products run
+      __syncwarp();
+      if (lane == 0) ptx::mbarrier_arrive(&s.ds_full[0]);
       ptx::wgmma_wait<1>();  // S of the next step
       ptx::pin(x);
       if (last) {

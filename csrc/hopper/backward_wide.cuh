@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     ptx::mbarrier_init(s.k_full, 1), ptx::mbarrier_init(&s.v_full, 1);
     ptx::mbarrier_init(s.k_free, 8), ptx::mbarrier_init(&s.v_free, 4);  // one arrival per warp
     for (int i = 0; i < 2; i++) {
-      ptx::mbarrier_init(&s.q_full[i], 2), ptx::mbarrier_init(&s.dout_full[i], 1);
+      ptx::mbarrier_init(&s.q_full[i], 33), ptx::mbarrier_init(&s.dout_full[i], 1);
       ptx::mbarrier_init(&s.q_free[i], 8), ptx::mbarrier_init(&s.dout_free[i], 8);
       ptx::mbarrier_init(&s.p_full[i], 4), ptx::mbarrier_init(&s.p_free[i], 4);
       ptx::mbarrier_init(&s.ds_full[i], 4), ptx::mbarrier_init(&s.ds_free[i], 8);
@@ -128,7 +128,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     while (true) {
       const int first = i % kStepRing;
       ptx::mbarrier_wait(&s.step_told[first], (i / kStepRing) & 1);
-      int flags = s.steps[first].flags, bands = s.steps[first].band_count & 0xffff;
+      int flags = uniform(s.steps[first].flags), bands = uniform(s.steps[first].band_count) & 0xffff;
       if (flags & kStop) break;
       const int first_key = s.steps[first].first_key, kv_head = s.steps[first].kv_head, batch = s.steps[first].batch;
       ptx::mbarrier_wait(s.k_full, items & 1);
@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       bool running = false;  // dK of the step before is in flight
 #pragma unroll 1
       while (true) {
-        const int stage = i & 1, phase = (i >> 1) & 1;
+        const int step = uniform(i), stage = step & 1, phase = (step >> 1) & 1;
         const auto& rows = s.statistics[stage];
         if (Softcap) cap_scores(x, p);
         if (bands) {
@@ -168,16 +168,15 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         ptx::wgmma_fence();
 #pragma unroll
         for (int k = 0; k < 4; k++)
-          ptx::Wgmma<kNV, T, false, true>::rs(dv, a + 4 * k, ptx::descriptor(dout_low + i % kDoutStages * kStageV + k * 128));
+          ptx::Wgmma<kNV, T, false, true>::rs(dv, a + 4 * k, ptx::descriptor(dout_low + step % kDoutStages * kStageV + k * 128));
         ptx::wgmma_commit();
         // The last step repeats its own S, which nobody reads: a conditional product would cost a second code path.
         const bool last = flags & kLast;
-        int next = stage;
+        const int next = uniform(last ? stage : stage ^ 1);
         if (!last) {
-          next = stage ^ 1;
           ptx::mbarrier_wait(&s.q_full[next], ((i + 1) >> 1) & 1);
-          flags = s.steps[(i + 1) % kStepRing].flags;
-          bands = s.steps[(i + 1) % kStepRing].band_count & 0xffff;
+          flags = uniform(s.steps[(i + 1) % kStepRing].flags);
+          bands = uniform(s.steps[(i + 1) % kStepRing].band_count) & 0xffff;
         }
         ptx::wgmma_fence();
         issue_scores(next);
@@ -237,7 +236,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     while (true) {
       const int first = i % kStepRing;
       ptx::mbarrier_wait(&s.step_told[first], (i / kStepRing) & 1);
-      int flags = s.steps[first].flags;
+      int flags = uniform(s.steps[first].flags);
       if (flags & kStop) break;
       const int first_key = s.steps[first].first_key, kv_head = s.steps[first].kv_head, batch = s.steps[first].batch;
       ptx::mbarrier_wait(&s.v_full, items & 1);
@@ -252,7 +251,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       ptx::pin(x);
 #pragma unroll 1
       while (true) {
-        const int stage = i & 1, phase = (i >> 1) & 1;
+        const int step = uniform(i), stage = step & 1, phase = (step >> 1) & 1;
         const auto& rows = s.statistics[stage];
         ptx::mbarrier_wait(&s.q_full[stage], phase);
         ptx::mbarrier_wait(&s.p_full[stage], phase);
@@ -269,7 +268,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         for (int k = 0; k < 4; k++)
           ptx::Wgmma<kNV, T, true, true>::ss(
               dv, ptx::descriptor(p_low + stage * kPanel + k * 128),
-              ptx::descriptor(dout_low + Tile::kFirstV * kPanel + i % kDoutStages * kStageV + k * 128));
+              ptx::descriptor(dout_low + Tile::kFirstV * kPanel + step % kDoutStages * kStageV + k * 128));
         ptx::wgmma_commit();
 #pragma unroll
         for (int k = 0; k < 4; k++)
@@ -281,7 +280,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
           ptx::mbarrier_arrive(&s.p_free[stage]);
           if (!last) ptx::mbarrier_arrive(&s.dout_free[i % kDoutStages]);
         }
-        const int next = last ? i : i + 1;  // the last step repeats its own dP
+        const int next = uniform(last ? step : step + 1);  // the last step repeats its own dP
         if (!last) ptx::mbarrier_wait(&s.dout_full[next % kDoutStages], (next / kDoutStages) & 1);
         ptx::wgmma_fence();
         issue_scores(next % kDoutStages);
@@ -292,7 +291,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         ptx::pin(x);
         i++;
         if (last) break;
-        flags = s.steps[i % kStepRing].flags;
+        flags = uniform(s.steps[i % kStepRing].flags);
       }
       ptx::pin(dk);
       ptx::pin(dv);
