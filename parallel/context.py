@@ -19,16 +19,16 @@ from ringflash.parallel.plan import MAX_GAP, Plan, PlanKey, Schedule, make_plan,
 from ringflash.parallel.transport import Transport
 from ringflash.parallel.transport.allgather import AllGather
 from ringflash.parallel.transport.alltoall import AllToAll
-from ringflash.parallel.transport.p2p import P2P
+from ringflash.parallel.transport.p2p import P2P, second_group
 from ringflash.parallel.transport.symmetric import NotSharedError, Symmetric
 
 TRANSPORTS = ("auto", "p2p", "allgather", "alltoall", "symmetric")
 
 STAGE_TOKENS = 98_304
-"""Tokens of remote chunks that "auto" puts into one stage. Fewer, larger launches save the running state's way through memory and
-the ends of kernels; beyond this nothing is left to save. Measured on 4 H200 (H 32/8, D 128, symmetric memory), forward and
-forward + backward as parts of one GPU's rate, with 1 / 2 / 3 remote chunks a stage: 32k tokens .908/.962, .929/.964, .953/.978;
-128k .949/.973, .968/.987, .973/.996; 256k .976/.988, .988/.992, .976/.991."""
+"""Rows of remote chunks that "auto" puts into one stage, at least. Fewer, larger launches save the running state's way through
+memory and the ends of kernels; beyond this nothing is left to save. Measured on 4 H200 (H 32/8, D 128, symmetric memory), forward
+and forward + backward as parts of one GPU's rate, with 1 / 2 / 3 remote chunks a stage: 32k tokens .908/.962, .929/.964,
+.953/.978; 128k .949/.973, .968/.987, .973/.996; 256k .976/.988, .988/.992, .976/.991."""
 
 
 class Sharding:
@@ -58,14 +58,11 @@ class Sharding:
             return self.layout
         return make_layout(self.layout, seqlen, self.world, self.mask)
 
-    def schedule_of(self, seqlen: int) -> Schedule:
-        """The schedule for a sequence of this length; decides what "auto" means."""
-        spec = self.schedule
-        if spec == "auto":
-            rings = self.world // max(self.ulysses, 1)
-            stage = -(-STAGE_TOKENS * rings // max(seqlen, 1))
-            spec = "allgather" if stage >= rings - 1 else f"staged:{stage}" if stage > 1 else "ring"
-        return make_schedule(spec, self.world, self.ulysses, self.inner)
+    def schedule_of(self, seqlen: int, rows: int = STAGE_TOKENS) -> Schedule:
+        """The schedule for a sequence of this length; decides what "auto" means: stages of so many rows."""
+        ulysses = max(self.ulysses, 1)
+        spec = Schedule("staged", ulysses=ulysses, rows=rows) if self.schedule == "auto" else self.schedule
+        return make_schedule(spec, self.world, ulysses, self.inner)
 
     def plan(self, rank: int, mask: Mask, q_len: int, k_len: int, heads: int, kv_heads: int) -> Plan:
         """The plan of one rank for global lengths and head counts. Cached."""
@@ -183,12 +180,12 @@ class ContextParallel(Sharding):
         if self.transport_name in ("alltoall", "allgather"):
             return (AllGather if self.transport_name == "allgather" else AllToAll)(group, timeout_s, device, word), ""
         if self.transport_name == "p2p":
-            return P2P(group, timeout_s, word), ""
+            return self._p2p(device), ""
         named = self.transport_name == "symmetric"
         if not named and device.type != "cuda":
-            return P2P(group, timeout_s, word), f"auto: symmetric memory needs CUDA, not {device.type}"
+            return self._p2p(device), f"auto: symmetric memory needs CUDA, not {device.type}"
         if not named and self.relays:
-            return P2P(group, timeout_s, word), "auto: a double ring passes chunks on"
+            return self._p2p(device), "auto: a double ring passes chunks on"
         try:
             self._meet_on_one_host(device)
             transport = Symmetric.of(group, timeout_s, device, word, self._meet)
@@ -196,7 +193,12 @@ class ContextParallel(Sharding):
         except NotSharedError as error:
             if named:
                 raise ValueError(f'transport="symmetric" cannot work here: {error}; use transport="p2p" or "auto"') from error
-            return P2P(group, timeout_s, word), f"auto: no symmetric memory, {error}"
+            return self._p2p(device), f"auto: no symmetric memory, {error}"
+
+    def _p2p(self, device: torch.device) -> P2P:
+        """With connections of its own for the slow links of a double ring."""
+        far = second_group(self.group, device) if self.relays else None
+        return P2P(self.group, self.timeout_s, self.agreement.last_word, far)
 
     def _meet_on_one_host(self, device: torch.device) -> None:
         said = self.agreement.gather({"host": env.host()})

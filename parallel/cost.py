@@ -1,9 +1,9 @@
 """The cost model: what the steps of a plan take, what they wait for, and what they move, predicted from two tables.
 
 It replays the running code's order of events (autograd.py): the transfers of slot n are posted when step n has arrived and before
-it is computed; gradients leave when their step is computed and are waited for one step later. Kernels take the time their tiles
-take; a message takes the time the link table says, when both ends have posted it. Ranks may be simulated together, so that one
-waits for another that is late, or one alone, which then takes its peers to be as fast as itself.
+it is computed; gradients leave when their step is computed and are waited for when the plan says that they are due. Kernels take
+the time their tiles take; a message takes the time the link table says, when both ends have posted it. Ranks may be simulated
+together, so that one waits for another that is late, or one alone, which then takes its peers to be as fast as itself.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from ringflash.mask import Mask
 from ringflash.parallel.memory import Peak, Rows, Shape, backward_peak, forward_peak
-from ringflash.parallel.plan import Plan, PlanKey, Transfer, make_plan
+from ringflash.parallel.plan import Plan, PlanKey, Transfer, make_plan, traffic
 from ringflash.parallel.tables import DeviceTable, Link, LinkTable, Rate, Tables
 from ringflash.parallel.work import Work, rank_areas, work_of
 
@@ -89,8 +89,8 @@ class PassForecast:
 
 @dataclass(frozen=True)
 class StepForecast:
-    """What one step computes and moves. Bytes: of keys and values it waits for, and that leave in the same post;
-    ``home_in``, ``home_out``: of gradients that leave right after it in the backward pass."""
+    """What one step computes and moves. Bytes: of chunks it waits for, and that leave in the same post; ``home_in``,
+    ``home_out``: in a backward pass, of their gradients on the way home."""
 
     work: Work
     bytes_in: int
@@ -101,13 +101,16 @@ class StepForecast:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What one rank will do. ``areas``: visible pairs times heads of every rank of the group."""
+    """What one rank will do. ``areas``: visible pairs times heads of every rank of the group. ``steps`` and ``backward_steps``
+    are of the two passes, ``back`` is the plan of the second: the same plan, unless other things travel or in another order."""
 
     plan: Plan
+    back: Plan
     shape: Shape
     device: DeviceTable
     link: LinkTable
     steps: tuple[StepForecast, ...]
+    backward_steps: tuple[StepForecast, ...]
     forward: PassForecast
     backward: PassForecast
     areas: tuple[int, ...]
@@ -148,26 +151,23 @@ def predict(
 def predict_all(plans: Sequence[Plan], device: DeviceTable, link: LinkTable, shape: Shape) -> list[Forecast]:
     """The forecasts of several ranks of one world, simulated together."""
     areas = rank_areas(plans[0].key)
-    replays = _Replay(plans, device, link, shape, backward=False), _Replay(plans, device, link, shape, backward=True)
-    forward, backward = (replay.run() for replay in replays)
+    backs = [plan.backward(shape.head_dim, shape.head_dim_v, shape.dtype_bytes) for plan in plans]
+    forward = _Replay(plans, device, link, shape, backward=False).run()
+    backward = _Replay(backs, device, link, shape, backward=True).run()
     found = []
-    for plan in plans:
-        rank = plan.key.rank
-        found.append(Forecast(plan, shape, device, link, _steps(plan, device, shape), forward[rank], backward[rank], areas))
+    for plan, back in zip(plans, backs, strict=True):
+        rank, there, again = plan.key.rank, _steps(plan, device, shape), _steps(back, device, shape)
+        found.append(Forecast(plan, back, shape, device, link, there, again, forward[rank], backward[rank], areas))
     return found
 
 
 def _steps(plan: Plan, device: DeviceTable, shape: Shape) -> tuple[StepForecast, ...]:
     row = Rows.of(plan, shape)
     moved = [[0, 0, 0, 0] for _ in plan.steps]
-    for post in (post for slot in plan.posts for post in slot):
-        for t in post.transfers:
-            moved[post.step][0 if t.dest == plan.rank else 1] += _rows(t) * row.kv
-    for n, slot in enumerate(plan.homes[: len(plan.steps)]):
-        for t in slot:
-            moved[n][2 if t.dest == plan.rank else 3] += _rows(t) * row.kv_acc
-    for t in plan.homes[len(plan.steps)]:
-        moved[-1][2 if t.dest == plan.rank else 3] += _rows(t) * row.kv_acc
+    for slots, nbytes, first in ((plan.posts, row.moved, 0), (plan.homes, row.home, 2)):
+        for post in (post for slot in slots for post in slot):
+            for t in post.transfers:
+                moved[post.step][first + (0 if t.dest == plan.rank else 1)] += _rows(t) * nbytes
     return tuple(StepForecast(work_of(s.parts, device.tile), *m) for s, m in zip(plan.steps, moved, strict=True))
 
 
@@ -192,7 +192,7 @@ class _Clock:
     waited: float = 0.0  # in this step
     free: dict[bool, float] = field(default_factory=lambda: {False: 0.0, True: 0.0})  # by slowness
     pending: dict[int, tuple[float, float]] = field(default_factory=dict)  # by step: begun at, done at
-    mail: tuple[float, int] = (0.0, 0)  # gradients posted last: done at, bytes that arrive
+    mail: list[tuple[int, float, int]] = field(default_factory=list)  # gradients under way: due, done at, bytes that arrive
     packed: bool = False
     steps: list[StepTime] = field(default_factory=list)
     flights: list[Flight] = field(default_factory=list)
@@ -231,14 +231,14 @@ class _Replay:
             for rank, clock in self.clocks.items():
                 clock.now += self._compute_s(rank, n)
             if self.backward:
-                self._receive()
+                self._receive(n)
                 self._send_home(n)
             for rank, clock in self.clocks.items():
                 busy = clock.now - begun[rank] - clock.waited
                 clock.steps.append(StepTime(begun[rank], clock.waited, busy, under_way[rank]))
         begun = {rank: clock.now for rank, clock in self.clocks.items()}
         if self.backward:
-            self._receive()
+            self._receive(self.n_steps)
             self._send_home(self.n_steps)
             self._receive()
         for rank, clock in self.clocks.items():
@@ -265,10 +265,10 @@ class _Replay:
         for rank, plan in self.plans.items():
             for post in plan.posts[slot]:
                 if post.transfers:
-                    loads.setdefault(post.step, {})[rank] = [self._load(plan, t, self.row[rank].kv) for t in post.transfers]
+                    loads.setdefault(post.step, {})[rank] = [self._load(plan, t, self.row[rank].moved) for t in post.transfers]
                 if not self.clocks[rank].packed and any(t.owner == plan.rank for t in post.transfers):
                     self.clocks[rank].packed = True
-                    self.clocks[rank].now += self._copy_s(2 * plan.k_len * self.row[rank].kv)
+                    self.clocks[rank].now += self._copy_s(2 * plan.steps[0].rows * self.row[rank].moved)
         for step in sorted(loads):
             for rank, span in self._move("chunks", step, loads[step]).items():
                 self.clocks[rank].pending[step] = span
@@ -325,27 +325,30 @@ class _Replay:
             kernel *= max(1.0, device.units / (work.row_tiles * heads))
         if self.backward:
             # Stages of gradients start as zeros; delta is computed before the first step.
-            traffic = step.rows * row.kv_acc + (plan.q_len * (2 * row.out + 6 * row.out_acc) if n == 0 else 0)
+            traffic = step.rows * row.home + (plan.q_len * (2 * row.out + 6 * row.out_acc) if n == 0 else 0)
         else:
             # From the second call on, the running state is read and written again.
             traffic = 2 * min(work.row_tiles * device.tile, plan.q_len) * (row.out_acc + row.lse) if n else 0
         return kernel + work.calls * device.launch_s + self._copy_s(traffic)
 
-    def _receive(self) -> None:
-        """Waits for the gradients posted last and adds them."""
+    def _receive(self, slot: int | None = None) -> None:
+        """Waits for the gradients that are due by a slot (None: for all) and adds them."""
         for clock in self.clocks.values():
-            done, arrived = clock.mail
-            clock.wait(done)
-            clock.now += self._copy_s(3 * arrived)
-            clock.mail = (0.0, 0)
+            for due, done, arrived in clock.mail:
+                if slot is None or due <= slot:
+                    clock.wait(done)
+                    clock.now += self._copy_s(3 * arrived)
+            clock.mail = [mail for mail in clock.mail if slot is not None and mail[0] > slot]
 
     def _send_home(self, slot: int) -> None:
-        loads = {}
+        loads: dict[int, dict[int, list[_Load]]] = {}
         for rank, plan in self.plans.items():
-            if plan.homes[slot]:
-                loads[rank] = [self._load(plan, t, self.row[rank].kv_acc) for t in plan.homes[slot]]
-        for rank, (_, done) in self._move("gradients", slot, loads).items():
-            self.clocks[rank].mail = (done, sum(x.nbytes for x in loads[rank] if x.inbound))
+            for post in (post for post in plan.homes[slot] if post.transfers):
+                loads.setdefault(post.step, {})[rank] = [self._load(plan, t, self.row[rank].home) for t in post.transfers]
+        for step in sorted(loads):
+            for rank, (_, done) in self._move("gradients", step, loads[step]).items():
+                arrived = sum(x.nbytes for x in loads[step][rank] if x.inbound)
+                self.clocks[rank].mail.append((self.plans[rank].due(slot, step), done, arrived))
 
     def _exchange(self, name: str, slot: int) -> None:
         """The exchange of heads before or after the ring, which nothing hides."""
@@ -377,7 +380,7 @@ class _Replay:
         return loads
 
 
-LONGEST = 20
+LONGEST = 18
 """Steps that `explain` lists; of longer plans it shows both ends."""
 
 
@@ -411,13 +414,29 @@ def explain(plan: Plan, forecast: Forecast, *, chosen: str = "", kernel: str = "
     for name, times in (("forward", forecast.forward), ("backward", forecast.backward)):
         parts = "; ".join(f"{what} {size_text(nbytes)}" for what, nbytes in times.memory.items)
         facts.append(("memory", f"peak {size_text(times.memory.total)} {name}: {parts}"))
+    facts += [("travels", _travels_text(plan, shape))] if plan.rings > 1 else []
     busiest = max(forecast.areas)
     ranks = [rank for rank, area in enumerate(forecast.areas) if area == busiest]
     who = "all ranks alike" if len(ranks) == len(forecast.areas) else f"rank {ranks[0]} has most"
     facts.append(("balance", f"{forecast.balance:.3f} (work of the busiest rank over the mean; {who})"))
     lines = [_fact(*fact) for fact in facts]
     ends = [_pass_text("forward", forecast, False), _pass_text("backward", forecast, True)]
-    return "\n".join([*lines, "", *_table(plan, forecast), "", *ends])
+    if forecast.back is plan:
+        tables = _table(plan, forecast.steps, forecast.forward, forecast.backward)
+    else:
+        most = LONGEST // 2 - 2
+        tables = _table(plan, forecast.steps, forecast.forward, None, most)
+        tables += ["", "backward:", *_table(forecast.back, forecast.backward_steps, None, forecast.backward, most)]
+    return "\n".join([*lines, "", *tables, "", *ends])
+
+
+def _travels_text(plan: Plan, shape: Shape) -> str:
+    """What travels in the two passes, and what the backward pass of the whole world would move either way."""
+    dims = shape.head_dim, shape.head_dim_v, shape.dtype_bytes
+    kv, q = (shape.batch * traffic(plan, travels, *dims).nbytes for travels in ("kv", "q"))
+    chosen = {"kv": "K, V", "q": "Q, dO"}[plan.backward(*dims).key.travels]
+    asked = "" if plan.key.schedule.travels == "auto" else ", as asked for"
+    return f"forward K, V; backward {chosen}{asked} (with K, V all ranks move {size_text(kv)} in it, with Q, dO {size_text(q)})"
 
 
 def _fact(name: str, text: str) -> str:
@@ -481,14 +500,17 @@ def _pass_text(name: str, forecast: Forecast, backward: bool) -> str:
     return f"{name:<10} {time_text(times.total_s)}: {', '.join(parts)}; {rate_text} of visible pairs"
 
 
-def _table(plan: Plan, forecast: Forecast) -> list[str]:
+def _table(
+    plan: Plan, steps: Sequence[StepForecast], forward: PassForecast | None, backward: PassForecast | None, most: int = LONGEST
+) -> list[str]:
     """One line a step; steps in a row that compute and move nothing share one, and the middle of a long plan is left out."""
     chunks = "chunks of ring rank" if len(plan.shares) > 1 else "chunks of rank"
-    head = ["step", chunks, "rows", "slices", "pairs", "unmasked", "in", "out", "forward", "waits", "backward", "waits"]
+    passes = [(name, times) for name, times in (("forward", forward), ("backward", backward)) if times is not None]
+    head = ["step", chunks, "rows", "slices", "pairs", "unmasked", "in", "out"]
+    head += [word for name, _ in passes for word in (name, "waits")]
     rows: list[list[str]] = []
     idle: list[int] = []
-    steps = zip(plan.steps, forecast.steps, forecast.forward.steps, forecast.backward.steps, strict=True)
-    for n, (step, f, forward, backward) in enumerate(steps):
+    for n, (step, f) in enumerate(zip(plan.steps, steps, strict=True)):
         if n and not (f.work.visible or f.bytes_in or f.bytes_out):
             idle = [idle[0] if idle else n, n]
             rows = [*(rows if idle[0] == n else rows[:-1]), [f"{idle[0]}" if idle[0] == n else f"{idle[0]}-{n}", "none"]]
@@ -497,19 +519,20 @@ def _table(plan: Plan, forecast: Forecast) -> list[str]:
         cells = [str(n), _owners_text([chunk.owner for chunk in step.chunks]), f"{step.rows:,}", f"{f.work.slices:,}"]
         cells += [count_text(f.work.visible), f"{100 * f.work.full / f.work.visible:.0f} %" if f.work.visible else "-"]
         cells += [size_text(f.bytes_in), size_text(f.bytes_out)]
-        cells += [f"{1e3 * s:.3f}" for s in (forward.compute_s, forward.wait_s, backward.compute_s, backward.wait_s)]
+        cells += [f"{1e3 * s:.3f}" for _, times in passes for s in (times.steps[n].compute_s, times.steps[n].wait_s)]
         rows.append(cells)
     rows = [head, *([*row, *[""] * (len(head) - len(row))] for row in rows)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
     lines = [
         "  ".join(c.ljust(w) if i == 1 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))) for row in rows
     ]
-    hidden = len(lines) - 1 - LONGEST
+    hidden = len(lines) - 1 - most
     if hidden > 1:
-        lines[1 + LONGEST // 2 : 1 + LONGEST // 2 + hidden] = [f"... {hidden} more lines ..."]
+        lines[1 + most // 2 : 1 + most // 2 + hidden] = [f"... {hidden} more lines ..."]
+    what = "Q, dO" if plan.key.travels == "q" else "K and V"
     return [
         *(line.rstrip() for line in lines),
-        "pairs: visible ones per head; unmasked: in tiles without a mask; in, out: K and V; times in ms",
+        f"pairs: visible ones per head; unmasked: in tiles without a mask; in, out: {what}; times in ms",
     ]
 
 

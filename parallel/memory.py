@@ -10,7 +10,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from ringflash.parallel.plan import HeadShare, Plan, make_plan
+from ringflash.parallel.plan import ROW_TAIL, HeadShare, Plan, make_plan
+from ringflash.parallel.transport import itinerary
 from ringflash.parallel.transport.symmetric import BUFFERS, buffer_bytes
 
 INPUTS = "q, k, v"
@@ -20,10 +21,10 @@ GRADS_OUT = "dq, dk, dv"
 EXCHANGED = "q, k, v of the own heads"
 EXCHANGE = "exchange of heads"
 STATE = "float32 running state"
-PACKED = "own keys and values, packed"
-STAGES = "arrived keys and values"
-HOME = "float32 dk, dv of stages"
-MAIL = "dk, dv arriving from others"
+PACKED = "own chunk, packed"
+STAGES = "arrived chunks"
+HOME = "float32 gradients of stages"
+MAIL = "gradients arriving from others"
 SCRATCH = "temporaries"
 
 
@@ -99,11 +100,17 @@ class Rows:
     q_acc: int
     out_acc: int
     lse: int
+    moved: int
+    """Of what travels: K and V; or Q, dO, log-sum-exp and delta."""
+    home: int
+    """Of its gradients."""
 
     @classmethod
     def of(cls, plan: Plan, shape: Shape) -> Rows:
         e, acc = shape.dtype_bytes * shape.batch, shape.acc_bytes * shape.batch
         h, hk = _q_heads(plan), _kv_heads(plan)
+        queries = h * shape.batch * (-(-shape.dims * shape.dtype_bytes // ROW_TAIL) + 1) * ROW_TAIL
+        turned = plan.key.travels == "q"
         return cls(
             q=h * shape.head_dim * e,
             k=hk * shape.head_dim * e,
@@ -113,6 +120,8 @@ class Rows:
             q_acc=h * shape.head_dim * acc,
             out_acc=h * shape.head_dim_v * acc,
             lse=h * acc,
+            moved=queries if turned else hk * shape.dims * e,
+            home=h * shape.head_dim * acc if turned else hk * shape.dims * acc,
         )
 
     @property
@@ -121,13 +130,16 @@ class Rows:
 
 
 class _StagesWalk:
-    """transport.Stages: one buffer a stage from its post to its release, the own chunk packed when it is first sent."""
+    """transport.Stages: one buffer a stage from its post until it is computed and passed on, the own chunk packed when it is
+    first sent. ``row``: bytes of what travels; ``narrow``: of what is copied out of a row on arrival."""
 
-    def __init__(self, plan: Plan, ledger: Ledger, row: int, leased: bool = False) -> None:
-        self.plan, self.ledger, self.row = plan, ledger, row
+    def __init__(self, plan: Plan, ledger: Ledger, row: int, narrow: int = 0, leased: bool = False) -> None:
+        self.plan, self.ledger, self.row, self.narrow = plan, ledger, row, narrow
+        self.ends = itinerary(plan).stages_end
         self.there: set[int] = set()
         self.packed = leased  # then it is a part of what the transport holds all the time
-        self.leaving: int | None = None  # released, but the loop's variables still hold it
+        self.leaving: list[int] = []  # released, but the loop's variables or what is being sent still hold them
+        self.copied = 0
 
     def _stage(self, step: int) -> None:
         if step not in self.there:
@@ -137,9 +149,10 @@ class _StagesWalk:
     def arrive(self, step: int) -> None:
         if step:
             self._stage(step)
-        if self.leaving is not None:
-            self.ledger.drop(STAGES, self.plan.steps[self.leaving].rows * self.row)
-            self.leaving = None
+        copied = self.plan.steps[step].rows * self.narrow if step else 0
+        self.ledger.take(STAGES, copied)
+        self.ledger.drop(STAGES, self.copied + sum(self.plan.steps[step].rows * self.row for step in self.leaving))
+        self.leaving, self.copied = [], copied
 
     def post(self, slot: int) -> None:
         for step, transfers in self.plan.posts[slot]:
@@ -148,48 +161,49 @@ class _StagesWalk:
                     self._stage(step)
                 elif t.owner == self.plan.rank and not self.packed:
                     self.packed = True
-                    self.ledger.take(PACKED, self.plan.k_len * self.row)
+                    self.ledger.take(PACKED, self.plan.steps[0].rows * self.row)
 
-    def release(self, step: int) -> None:
-        owners = {chunk.owner for chunk in self.plan.steps[step].chunks}
-        sent_later = (
-            t for slot in self.plan.posts[step + 1 :] for post in slot for t in post.transfers if t.source == self.plan.rank
-        )
-        if step in self.there and not any(t.owner in owners and t.owner != self.plan.rank for t in sent_later):
-            self.leaving = step
+    def release(self, slot: int) -> None:
+        self.leaving += [step for step in self.ends[slot] if step in self.there]
 
 
 class _HomeWalk:
-    """transport.Homecoming: one float32 buffer a stage until its gradients have left, and what arrives for the own chunk."""
+    """transport.Homecoming: one float32 buffer a stage until its gradients have left, and what arrives until it is added."""
 
     def __init__(self, plan: Plan, ledger: Ledger, row: int, leased: bool = False) -> None:
         self.plan, self.ledger, self.row, self.leased = plan, ledger, row, leased
+        self.ends = itinerary(plan).gradients_end
         self.there: set[int] = set()
-        self.leaving: list[int] = []
+        self.released: set[int] = set()
         self.current = 0  # the loop's variables hold this one, released or not
+        self.mail: list[tuple[int, int, set[int]]] = []  # due; bytes that arrive; steps of which something is being sent
 
     def gradients(self, step: int) -> None:
-        self.current = step
         if step not in self.there and not (step and self.leased):  # what leaves lies in the transport's own buffers
             self.there.add(step)
             self.ledger.take(HOME, self.plan.steps[step].rows * self.row)
+        self.current = step
+        self._forget()
 
-    def receive(self) -> None:
-        self.ledger.drop(MAIL)
-        for step in self.leaving:
-            if step != self.current:
-                self.ledger.drop(HOME, self.plan.steps[step].rows * self.row)
-        self.leaving = [step for step in self.leaving if step == self.current]
+    def _forget(self) -> None:
+        gone = self.released - {self.current}.union(*(steps for _, _, steps in self.mail))
+        self.released -= gone
+        self.ledger.drop(HOME, sum(self.plan.steps[step].rows * self.row for step in gone))
+
+    def receive(self, slot: int | None = None) -> None:
+        due = [mail for mail in self.mail if slot is None or mail[0] <= slot]
+        self.mail = [mail for mail in self.mail if mail not in due]
+        self.ledger.drop(MAIL, sum(nbytes for _, nbytes, _ in due))
+        self._forget()
 
     def post(self, slot: int) -> None:
-        for t in self.plan.homes[slot]:
-            if t.dest == self.plan.rank:
-                self.ledger.take(MAIL, sum(b - a for a, b in t.ranges) * self.row)
+        for _, sends, receives, due in itinerary(self.plan).homes[slot]:
+            nbytes = sum(leg.stop - leg.start for leg in receives) * self.row
+            self.ledger.take(MAIL, nbytes)
+            self.mail.append((due, nbytes, {leg.step for leg in sends}))
 
-    def release(self, step: int) -> None:
-        owners = {chunk.owner for chunk in self.plan.steps[step].chunks}
-        if step in self.there and step and not any(t.owner in owners for slot in self.plan.homes[step + 1 :] for t in slot):
-            self.leaving.append(step)
+    def release(self, slot: int) -> None:
+        self.released |= {step for step in self.ends[slot] if step in self.there}
 
 
 class _ExchangeWalk:
@@ -252,7 +266,7 @@ def forward_peak(plan: Plan, shape: Shape, sinks: bool = False, leased: bool = F
     if state:
         ledger.take(STATE, plan.q_len * row.out_acc)
         ledger.take(RESULTS, plan.q_len * row.lse)
-    stages = _StagesWalk(plan, ledger, row.kv, leased)
+    stages = _StagesWalk(plan, ledger, row.moved, leased=leased)
     for n, step in enumerate(plan.steps):
         stages.arrive(n)
         stages.post(n)
@@ -281,6 +295,7 @@ def backward_peak(plan: Plan, shape: Shape, dlse: bool = False, leased: bool = F
 
     leased: without what symmetric memory holds for it.
     """
+    plan = plan.backward(shape.head_dim, shape.head_dim_v, shape.dtype_bytes)
     ledger, row = Ledger(), Rows.of(plan, shape)
     e, acc = shape.dtype_bytes * shape.batch, shape.acc_bytes * shape.batch
     heads, kv_heads = plan.key.heads, plan.key.kv_heads
@@ -293,27 +308,30 @@ def backward_peak(plan: Plan, shape: Shape, dlse: bool = False, leased: bool = F
     if len(plan.shares) > 1:
         exchange.enter(GRADS_IN, [(shape.head_dim_v * e, False), *([(acc, False)] if dlse else [])])
     ledger.take(GRADS_IN, plan.q_len * row.lse)
-    ledger.take(STATE, plan.q_len * row.q_acc)
-    stages, home = _StagesWalk(plan, ledger, row.kv, leased), _HomeWalk(plan, ledger, row.kv_acc, leased)
+    turned = plan.key.travels == "q"
+    ledger.take(STATE, plan.k_len * row.kv_acc if turned else plan.q_len * row.q_acc)
+    stages = _StagesWalk(plan, ledger, row.moved, 2 * row.lse if turned else 0, leased)
+    home = _HomeWalk(plan, ledger, row.home, leased)
     home.gradients(0)
     for n in range(len(plan.steps)):
         stages.arrive(n)
         stages.post(n)
         home.gradients(n)
-        home.receive()
+        home.receive(n)
         home.post(n)
         stages.release(n)
         home.release(n)
-    home.receive()
+    home.receive(len(plan.steps))
     home.post(len(plan.steps))
     home.receive()
     if rounded:
         ledger.take(GRADS_OUT, plan.q_len * row.q)
     if len(plan.shares) > 1:
+        alone = shape.batch == 1  # what came home stands sequence first already
         leaving = [
-            (shape.head_dim * e, False, heads, shape.batch == 1),
-            (shape.head_dim * acc, True, kv_heads, False),
-            (shape.head_dim_v * acc, True, kv_heads, False),
+            (shape.head_dim * e, False, heads, turned or alone),
+            (shape.head_dim * acc, True, kv_heads, turned and alone),
+            (shape.head_dim_v * acc, True, kv_heads, turned and alone),
         ]
         exchange.leave(GRADS_OUT, leaving)
         if rounded:
@@ -334,9 +352,15 @@ def symmetric_bytes(plan: Plan, shape: Shape, backward: bool = True) -> int:
     """What the transport "symmetric" holds all the time, outside torch's allocator: two buffers of chunks, two of gradients."""
     if len(plan.steps) == 1:
         return 0
-    row = (shape.batch, shape.dims)
-    chunks = buffer_bytes(plan, "chunks", row, shape.dtype_bytes)
-    return BUFFERS * (chunks + (buffer_bytes(plan, "gradients", row, shape.acc_bytes) if backward else 0))
+    e, back = shape.dtype_bytes, plan.backward(shape.head_dim, shape.head_dim_v, shape.dtype_bytes)
+    chunks = buffer_bytes(plan, "chunks", (shape.batch, shape.dims), e)
+    if not backward:
+        return BUFFERS * chunks
+    there, home = shape.dims, shape.dims
+    if back.key.travels == "q":
+        there, home = (-(-shape.dims * e // ROW_TAIL) + 1) * ROW_TAIL // e, shape.head_dim
+    chunks = max(chunks, buffer_bytes(back, "chunks", (shape.batch, there), e))
+    return BUFFERS * (chunks + buffer_bytes(back, "gradients", (shape.batch, home), shape.acc_bytes))
 
 
 def extra_bytes(

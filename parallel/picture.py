@@ -17,7 +17,7 @@ from ringflash.parallel.context import Sharding
 from ringflash.parallel.cost import Forecast, PassForecast, mask_text, predict_all, size_text, time_text
 from ringflash.parallel.layout import Layout
 from ringflash.parallel.memory import Shape
-from ringflash.parallel.plan import Schedule, route
+from ringflash.parallel.plan import steps_of
 from ringflash.parallel.tables import Tables, for_schedule, measured
 from ringflash.slices import IntArray, area, tighten
 
@@ -124,16 +124,6 @@ def _paled(colours: FloatArray, step: IntArray, n_steps: int) -> FloatArray:
 # The score matrix
 
 
-def steps_of(schedule: Schedule, rings: int) -> IntArray:
-    """(rings, rings): the step in which a rank computes on an owner's chunk."""
-    steps = np.zeros((rings, rings), np.int64)
-    for rank in range(rings):
-        for owner in range(rings):
-            if owner != rank:
-                steps[rank, owner] = route(schedule, rings, rank, owner).step
-    return steps
-
-
 def regions(mask: Mask, layout: Layout) -> tuple[IntArray, IntArray, IntArray]:
     """The visible bands of positions, cut where ranks change: rows (n, 6), and the ranks of their queries and keys.
 
@@ -211,7 +201,7 @@ def _draw_matrix(axes: Any, forecast: Forecast, mask: Mask, colours: FloatArray)
 
     key, n = forecast.plan.key, forecast.plan.key.q_layout.seqlen
     layout = key.q_layout.merged(key.schedule.ulysses)
-    steps = steps_of(key.schedule, forecast.plan.rings)
+    steps = steps_of(key)
     strided = any(run.stride > 1 for runs in layout.ranks for run in runs)
     axes.set(xlim=(0, n), ylim=(n, 0), aspect="equal", xlabel="key (position in tokens)", ylabel="query (position in tokens)")
     who = "ring rank" if key.schedule.ulysses > 1 else "rank"
@@ -353,8 +343,8 @@ def _legend(axes: Any, forecasts: Sequence[Forecast], colour: Any) -> None:
         look: dict[str, Any] = {"facecolor": IDLE} if crowded else {"facecolor": "white", "edgecolor": SOFT, "hatch": "//////"}
         entries.append(Patch(label="waiting", **look))
     for what, shade, label in (
-        ("chunks", CHUNKS, "K, V under way"),
-        ("gradients", GRADIENTS, "dK, dV under way"),
+        ("chunks", CHUNKS, "chunks under way"),
+        ("gradients", GRADIENTS, "gradients under way"),
         ("heads", HEADS, "exchange of heads"),
     ):
         if what in flown and not crowded:

@@ -4,19 +4,23 @@ A plan is pure integer arithmetic on the host: it holds no tensors and sends not
 transports) has no ifs about mask, layout or schedule; it does what the plan says.
 
 Words. A *rank* here is a rank of the ring: with Ulysses of degree U, every U neighbouring ranks of the group first trade heads
-for sequence and then act as one ring rank per head share (section "heads" below). A *chunk* is what one rank owns of K and V.
-A *step* computes on one *stage*: one or several arrived chunks side by side in one key buffer. Step 0 is the local chunk.
+for sequence and then act as one ring rank per head share (section "heads" below). A *chunk* is what one rank owns of what
+travels: of K and V or, in a backward pass where that is fewer bytes, of Q and what belongs to its rows. A chunk may travel in
+*pieces*.
+A *step* computes on one *stage*: one or several arrived chunks side by side in one buffer. Step 0 is the local chunk.
 A *slot* is a moment at which transfers are posted: slot n comes after step n's chunks have arrived and before step n is computed.
+Steps and slots are the same on all ranks, but a rank has only what it needs in them, as early as its schedule allows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from ringflash.mask import Bands, Mask, overlaps
 from ringflash.parallel.layout import Layout
@@ -29,8 +33,20 @@ MAX_GAP = 128
 """A message costs some 20 us, in which a link moves thousands of rows; one kernel tile keeps the waste invisible."""
 
 
+PIECE_ROWS, MOST_PIECES = 8192, 4
+"""A double ring cuts chunks into up to four pieces of at least so many rows: the slow link then carries one while another is
+computed. Smaller pieces would only be more kernel calls."""
+
+
+KNOWN_UP_TO = 1 << 20
+"""Bands between everybody and everybody that are worth working out, to know what other ranks need and when (0.3 s of numpy)."""
+
+
 COALESCE_UP_TO = 4096
 """Slices of a stage that are worth joining. Longer tables (thousands of documents, striped) hardly shrink and cost seconds."""
+
+
+TRAVELS = ("auto", "kv", "q")
 
 
 @dataclass(frozen=True)
@@ -40,18 +56,29 @@ class Schedule:
     name      ring: one remote chunk a step. allgather: all remote chunks in one step. staged: ``stage`` chunks a step.
               double_ring: rings of ``inner`` fast-linked neighbours, inside a ring of such groups: every chunk crosses the slow
               links once per group and then travels inside it (BurstEngine, LoongTrain).
-    stage     remote chunks per step.
+    stage     remote chunks per step, at least.
+    rows      a stage takes further chunks until it holds so many rows: small parts of chunks share a step.
     ulysses   ranks that trade heads for sequence before the ring (DeepSpeed Ulysses; with a ring: USP, Fang & Zhao 2024).
     inner     ranks of a fast-linked group (double_ring).
+    pieces    in which chunks travel, one after the other, each a step of its own; 0 decides by size (double_ring, else 1).
+    travels   in the backward pass: "kv" (K and V, and their gradients home), "q" (Q, dO and what belongs to their rows, and dQ
+              home), or "auto": whichever is fewer bytes.
     """
 
     name: str = "ring"
     stage: int = 1
     ulysses: int = 1
     inner: int = 1
+    rows: int = 0
+    pieces: int = 0
+    travels: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.travels not in TRAVELS:
+            raise ValueError(f"travels must be one of {', '.join(TRAVELS)}, got {self.travels!r}")
 
     def __str__(self) -> str:
-        extra = [f"{key}={value}" for key in ("stage", "ulysses", "inner") if (value := getattr(self, key)) != 1]
+        extra = [f"{f.name}={value}" for f in fields(self)[1:] if (value := getattr(self, f.name)) != f.default]
         return f"{self.name}({', '.join(extra)})" if extra else self.name
 
 
@@ -90,36 +117,13 @@ def make_schedule(spec: str | Schedule, world: int, ulysses: int = 1, inner: int
         raise ValueError(f"ulysses={schedule.ulysses} does not divide the {world} ranks")
     if schedule.inner < 1 or (world // schedule.ulysses) % schedule.inner:
         raise ValueError(f"inner={schedule.inner} does not divide the {world // schedule.ulysses} ranks of the ring")
-    if schedule.stage < 1:
-        raise ValueError(f"a stage needs at least one chunk, got stage={schedule.stage}")
+    if schedule.stage < 1 or schedule.rows < 0 or schedule.pieces < 0:
+        raise ValueError(f"a stage needs at least one chunk; rows and pieces cannot be negative; got {schedule}")
     return schedule
 
 
-class Route(NamedTuple):
-    """How a rank gets a chunk: posted at ``slot`` by ``source``, computed in ``step``; its gradient leaves at ``home_slot``."""
-
-    step: int
-    slot: int
-    source: int
-    home_slot: int
-
-
-def route(schedule: Schedule, rings: int, rank: int, owner: int) -> Route:
-    """The way of ``owner``'s chunk to ``rank`` (different ring ranks). Gradients go back to ``source`` at ``home_slot``."""
-    if schedule.name != "double_ring":
-        step = -(-((rank - owner) % rings) // schedule.stage)
-        return Route(step, step - 1, owner, step)
-    inner = schedule.inner
-    outer_hops = (rank // inner - owner // inner) % (rings // inner)
-    inner_hops = (rank - owner) % inner
-    step = outer_hops * inner + inner_hops
-    if inner_hops == 0:  # over the slow links, straight from the owner, with a whole inner ring to hide behind
-        return Route(step, step - inner, owner, step + inner if inner > 1 else step)
-    return Route(step, step - 1, rank // inner * inner + owner % inner, step)
-
-
 Ranges = tuple[tuple[int, int], ...]
-"""Disjoint ascending row ranges ``[start, stop)`` of an owner's key buffer."""
+"""Disjoint ascending row ranges ``[start, stop)`` of an owner's buffer."""
 
 
 class Transfer(NamedTuple):
@@ -136,14 +140,14 @@ class Transfer(NamedTuple):
 
 
 class Post(NamedTuple):
-    """What is posted together: the transfers of all chunks that are computed in one step (by whoever receives them)."""
+    """What is posted together: the transfers of all chunks that are computed in one step (by whoever is not their owner)."""
 
     step: int
     transfers: tuple[Transfer, ...]
 
 
 class Chunk(NamedTuple):
-    """Where a chunk's ``ranges`` stand in a stage's key buffer: one after the other from row ``offset``."""
+    """Where ``ranges`` of an owner's chunk stand in a stage's buffer: one after the other from row ``offset``."""
 
     owner: int
     offset: int
@@ -159,16 +163,23 @@ class View(NamedTuple):
 
 @dataclass(frozen=True)
 class Part:
-    """One kernel call: the Slices between a view of the query buffer and a view of the stage's key buffer (in view indices)."""
+    """One kernel call: the Slices between a view of the query buffer and a view of the key buffer (in view indices).
+
+    One of the two is the stage's buffer, the other is the own one: that of what does not travel.
+    """
 
     q_view: View
     k_view: View
     slices: Slices
 
+    def transposed(self) -> Part:
+        """With queries and keys in each other's place."""
+        return Part(self.k_view, self.q_view, Slices(_transposed(self.slices.table)))
+
 
 @dataclass(frozen=True)
 class Step:
-    """One stage: ``rows`` keys in its buffer, the chunks in it, and what to compute on it."""
+    """One stage: ``rows`` in its buffer, the chunks in it, and what to compute on it."""
 
     rows: int
     chunks: tuple[Chunk, ...]
@@ -209,10 +220,25 @@ class PlanKey:
     """Whether only needed rows of a chunk travel, or whole chunks (collectives that send everybody the same)."""
     max_gap: int = MAX_GAP
     """Rows nobody needs that travel along rather than split a message in two."""
+    travels: str = "kv"
+    """What travels: "kv" or, in a backward pass, "q"."""
+    far_first: bool = False
+    """Whether a double ring computes what crosses the slow links before what its neighbours own: so that in a backward pass
+    gradients cross back while there is still something to compute."""
 
     @property
     def world(self) -> int:
         return self.q_layout.world
+
+    @property
+    def shift(self) -> int:
+        """The position of the first query: queries stand at the end of the keys."""
+        return self.k_layout.seqlen - self.q_layout.seqlen
+
+    def moving(self) -> tuple[Layout, Layout]:
+        """The layouts, over the ring's ranks, of what stays and of what travels."""
+        q, k = (layout.merged(self.schedule.ulysses) for layout in (self.q_layout, self.k_layout))
+        return (q, k) if self.travels == "kv" else (k, q)
 
 
 @dataclass(frozen=True, eq=False)
@@ -227,8 +253,9 @@ class Plan:
     k_lengths: tuple[int, ...]
     shares: tuple[HeadShare, ...]  # of the Ulysses members
     steps: tuple[Step, ...]
-    posts: tuple[tuple[Post, ...], ...]  # by slot: this rank's sends and receives of K, V
-    homes: tuple[tuple[Transfer, ...], ...]  # by slot, one more than steps: sends and receives of dK, dV
+    far: tuple[bool, ...]  # by step: whether what it computes on crosses the slow links of a double ring
+    posts: tuple[tuple[Post, ...], ...]  # by slot: this rank's sends and receives of what travels
+    homes: tuple[tuple[Post, ...], ...]  # by slot, one more than steps: sends and receives of its gradients
 
     @property
     def q_len(self) -> int:
@@ -260,19 +287,49 @@ class Plan:
         """The plan of another ring rank."""
         return make_plan(replace(self.key, rank=self.peer(rank)))
 
+    def backward(self, head_dim: int = 128, head_dim_v: int = 128, dtype_bytes: int = 2, takes_delta: bool = True) -> Plan:
+        """The plan of the backward pass. What travels in it is what the schedule says, or what moves fewer bytes.
+
+        takes_delta: whether the kernel is content with delta in place of out, which does not travel; else "auto" means "kv".
+        """
+        return _backward(self, head_dim, head_dim_v, dtype_bytes, takes_delta)
+
+    def longest_chunk(self) -> int:
+        """Rows of the longest chunk of any rank."""
+        return max(self.key.moving()[1].lengths)
+
+    def longest_stage(self) -> int:
+        """Rows of the longest remote stage of any rank; of all ranks' whole stages where what they take is not known here."""
+        return _world(replace(self.key, rank=0)).longest_stage
+
+    def most_heads(self) -> int:
+        """Heads of what travels, at the rank that has most of them."""
+        return max(self.heads_of(share) for share in self.shares)
+
+    def heads_of(self, share: HeadShare) -> int:
+        """Heads of what travels that one Ulysses member works on."""
+        if self.key.travels == "q":
+            return share.q1 - share.q0
+        return share.k1 - share.k0 if share.k_index is None else len(share.k_index)
+
+    def due(self, slot: int, step: int) -> int:
+        """The slot at which gradients that arrive in a post of ``slot`` are added: the next one, but what crosses slow links
+        has until its lane is used again."""
+        return slot + (self.key.schedule.inner if self.far[step] else 1)
+
     @cached_property
     def area(self) -> int:
         """Visible pairs of this rank, per head."""
         return sum(step.area for step in self.steps)
 
     def rows_received(self) -> int:
-        """Key rows that reach this rank in a forward pass."""
+        """Rows that reach this rank before they are computed on."""
         return sum(
             b - a for slot in self.posts for post in slot for t in post.transfers if t.dest == self.rank for a, b in t.ranges
         )
 
     def rows_sent(self) -> int:
-        """Key rows this rank sends in a forward pass."""
+        """Rows that this rank sends to be computed on."""
         return sum(
             b - a for slot in self.posts for post in slot for t in post.transfers if t.source == self.rank for a, b in t.ranges
         )
@@ -296,22 +353,30 @@ def head_shares(heads: int, kv_heads: int, members: int) -> tuple[HeadShare, ...
 
 
 class _Runs(NamedTuple):
-    """Runs of several ranks as columns; ``offset`` is a run's first row in its rank's buffer."""
+    """Runs of several ranks as columns; ``offset`` is a run's first row in its rank's buffer, ``piece`` its rank or its rank's
+    piece: piece p of rank r is number ``r * pieces + p``."""
 
     start: IntArray
     length: IntArray
     stride: IntArray
     offset: IntArray
-    rank: IntArray
+    piece: IntArray
 
 
-def _runs(layout: Layout, ranks: list[int], shift: int = 0) -> _Runs:
+def _runs(layout: Layout, ranks: Sequence[int], shift: int = 0, pieces: int = 1) -> _Runs:
+    """The runs of ranks, cut where their pieces begin."""
     rows = []
     for rank in ranks:
-        offset = 0
+        offset, cuts = 0, [layout.lengths[rank] * p // pieces for p in range(1, pieces + 1)]
+        piece = 0
         for run in layout.ranks[rank]:
-            rows.append((run.start + shift, run.length, run.stride, offset, rank))
-            offset += run.length
+            done = 0
+            while done < run.length:
+                while cuts[piece] <= offset:
+                    piece += 1
+                n = min(run.length - done, cuts[piece] - offset)
+                rows.append((run.start + shift + done * run.stride, n, run.stride, offset, rank * pieces + piece))
+                done, offset = done + n, offset + n
     return _Runs(*np.array(rows, dtype=np.int64).reshape(-1, 5).T)
 
 
@@ -331,14 +396,27 @@ def _to_rows(x: IntArray, runs: _Runs, i: IntArray) -> IntArray:
     return np.clip(_ceil_div(x - runs.start[i], runs.stride[i]), 0, runs.length[i])
 
 
+def _transposed(rows: IntArray) -> IntArray:
+    """Bands (n, 6) with queries and keys in each other's place."""
+    q0, q1, k0, k1, lo, hi = rows.T
+    return np.stack([k0, k1, q0, q1, -hi, -lo], axis=1)
+
+
 class _Lowered(NamedTuple):
-    """Bands in buffer rows: ``rows`` (n, 6) of q0, q1, k0, k1, lo, hi; ``residue`` of j - i modulo ``modulus``; owners."""
+    """Bands in buffer rows: ``rows`` (n, 6) of q0, q1, k0, k1, lo, hi; ``residue`` of j - i modulo ``modulus``; and the pieces
+    of their queries and keys. Transposed where queries travel: so the planner always moves "keys"."""
 
     rows: IntArray
     residue: IntArray
     modulus: int
-    q_rank: IntArray
-    k_rank: IntArray
+    q_piece: IntArray
+    k_piece: IntArray
+
+    def transposed(self) -> _Lowered:
+        return _Lowered(_transposed(self.rows), -self.residue % self.modulus, self.modulus, self.k_piece, self.q_piece)
+
+    def where(self, pick: npt.NDArray[np.bool_]) -> _Lowered:
+        return _Lowered(self.rows[pick], self.residue[pick], self.modulus, self.q_piece[pick], self.k_piece[pick])
 
 
 def lower(bands: Bands, q_runs: _Runs, k_runs: _Runs) -> _Lowered:
@@ -395,7 +473,7 @@ def lower(bands: Bands, q_runs: _Runs, k_runs: _Runs) -> _Lowered:
         tight[:, 5] -= (tight[:, 5] - residue[pick]) % modulus
         tight, keep = tighten(tight)
         pick = pick[keep]
-    return _Lowered(tight, residue[pick], modulus, q_runs.rank[iq[pick]], k_runs.rank[ik[pick]])
+    return _Lowered(tight, residue[pick], modulus, q_runs.piece[iq[pick]], k_runs.piece[ik[pick]])
 
 
 def _reach(low: _Lowered, pair: IntArray, max_gap: int) -> dict[int, Ranges]:
@@ -479,13 +557,20 @@ def _parts(rows: IntArray, residue: IntArray, modulus: int) -> tuple[Part, ...]:
     return tuple(parts)
 
 
-def _stage(low: _Lowered, by_owner: dict[int, IntArray], chunks: list[tuple[int, Ranges]]) -> Step:
-    """A stage of the given chunks: ranges side by side in one buffer, and the bands (``by_owner``: their rows) moved there."""
+class _Load(NamedTuple):
+    """What a stage takes of one chunk, and which bands lie in it."""
+
+    owner: int
+    ranges: Ranges
+    bands: IntArray
+
+
+def _stage(low: _Lowered, loads: Sequence[_Load]) -> Step:
+    """A stage of the given chunks: ranges side by side in one buffer, and their bands moved there."""
     placed, rows, residue, offset = [], [], [], 0
-    for owner, ranges in chunks:
+    for owner, ranges, mine in loads:
         placed.append(Chunk(owner, offset, ranges))
         starts, stops = np.array(ranges, dtype=np.int64).reshape(-1, 2).T
-        mine = by_owner.get(owner, np.empty(0, np.int64))
         if len(mine):
             moves = offset + np.cumsum(stops - starts) - stops  # of each range; a band lies in one of them
             shift = moves[np.searchsorted(starts, low.rows[mine, 2], side="right") - 1]
@@ -499,66 +584,262 @@ def _stage(low: _Lowered, by_owner: dict[int, IntArray], chunks: list[tuple[int,
     return Step(offset, tuple(placed), _parts(np.concatenate(rows), np.concatenate(residue), low.modulus))
 
 
+# What all ranks of a world share: who needs what, and when
+
+
+class Way(NamedTuple):
+    """What is computed in a step is posted at ``slot``, and its gradient leaves at ``home``; over slow links if ``far``."""
+
+    slot: int
+    home: int
+    far: bool
+
+
+Rows = Callable[[int, int], int]
+"""How many rows of a piece a ring rank takes (or in a double ring: any rank of its group)."""
+
+
+def _ring(schedule: Schedule, rank: int, rings: int, pieces: int, rows: Rows) -> list[list[int]]:
+    """The pieces of every stage of a rank, nearest predecessor first; stages it has no need of do not exist."""
+    stages: list[list[int]] = []
+    held = 0
+    for piece in (owner * pieces + p for d in range(1, rings) for owner in [(rank - d) % rings] for p in range(pieces)):
+        if rows(rank, piece):
+            if not stages or (len(stages[-1]) >= schedule.stage and held >= schedule.rows):
+                stages.append([])
+                held = 0
+            stages[-1].append(piece)
+            held += rows(rank, piece)
+    return stages
+
+
+def _double_ring(
+    schedule: Schedule, rings: int, pieces: int, far_first: bool, rows: Rows
+) -> tuple[list[list[list[int]]], list[Way]]:
+    """The stages of every rank, and the ways of their steps: blocks in which a piece that crosses the slow links is followed by
+    what the neighbours pass on, and steps on what the neighbours own. Blocks that nobody of a group needs do not exist."""
+    inner = schedule.inner
+
+    def stage(rank: int, group: int, hop: int, piece: int) -> list[int]:
+        found = (group * inner + (rank - hop) % inner) * pieces + piece
+        return [found] if rows(rank, found) else []
+
+    near = [[stage(r, r // inner, hop, p) for hop in range(1, inner) for p in range(pieces)] for r in range(rings)]
+    far: list[list[list[int]]] = []
+    for rank in range(rings):
+        groups = [(rank // inner - d) % (rings // inner) for d in range(1, rings // inner)]
+        blocks = [[stage(rank, group, hop, p) for hop in range(inner)] for group in groups for p in range(pieces)]
+        far.append([stage for block in blocks if any(block) for stage in block])
+    n_far = max(len(stages) for stages in far)
+    far = [stages + [[]] * (n_far - len(stages)) for stages in far]
+    # A block is posted when the one before has arrived: the slow link is never idle. Its gradients are complete with its last
+    # step, but for those that neighbours still send then.
+    begins = range(1, n_far + 1, inner) if far_first else range(len(near[0]) + 1, len(near[0]) + n_far + 1, inner)
+    ways = {s: Way(0 if s == begins[0] else s - inner, s + inner if inner > 1 else s, inner > 1) for s in begins}
+    n_steps = len(near[0]) + n_far
+    stages = [[*b, *a] if far_first else [*a, *b] for a, b in zip(near, far, strict=True)]
+    return stages, [ways.get(s, Way(s - 1, s, False)) for s in range(1, n_steps + 1)]
+
+
+@dataclass(frozen=True, eq=False)
+class _World:
+    """What the plans of all ranks have in common. ``key`` is that of rank 0."""
+
+    key: PlanKey
+    rings: int
+    together: int
+    """Ring ranks that take what any of them needs, so that they can pass it on unchanged."""
+    pieces: int
+    bands: Bands
+    low: _Lowered | None
+    """Bands between everybody and everybody, where these were worth working out."""
+    takes: dict[int, Ranges] | None
+    """What is taken, by group of receivers times number of pieces plus piece; None if whole chunks are, or if it is not known."""
+
+    @cached_property
+    def itineraries(self) -> tuple[list[list[list[int]]], list[Way]]:
+        """By ring rank and step - 1: the pieces of a stage. By step - 1: its way, the same for all ranks."""
+        schedule = self.key.schedule
+        if schedule.name == "double_ring":
+            return _double_ring(schedule, self.rings, self.pieces, self.key.far_first, self.rows)
+        stages = [_ring(schedule, rank, self.rings, self.pieces, self.rows) for rank in range(self.rings)]
+        return stages, [Way(n - 1, n, False) for n in range(1, 1 + max(len(s) for s in stages))]
+
+    @property
+    def stages(self) -> list[list[list[int]]]:
+        return self.itineraries[0]
+
+    @property
+    def ways(self) -> list[Way]:
+        return self.itineraries[1]
+
+    def lowered(self, stay: Sequence[int], move: Sequence[int]) -> _Lowered:
+        """The bands between what stays on some ranks and what travels from some."""
+        low = _bands_between(self.key, self.bands, stay, move, self.pieces)
+        assert low is not None
+        return low
+
+    def rows(self, rank: int, piece: int) -> int:
+        """How many rows of a piece a ring rank takes, or where that is not known: the whole piece's."""
+        if self.takes is not None:
+            return sum(b - a for a, b in self.takes.get(rank // self.together * (self.rings * self.pieces) + piece, ()))
+        n, p = self.key.moving()[1].lengths[piece // self.pieces], piece % self.pieces
+        return n * (p + 1) // self.pieces - n * p // self.pieces
+
+    @cached_property
+    def longest_stage(self) -> int:
+        stages = ((rank, stage) for rank, stages in enumerate(self.stages) for stage in stages)
+        return max((sum(self.rows(rank, piece) for piece in stage) for rank, stage in stages), default=0)
+
+    @cached_property
+    def steps(self) -> list[dict[int, int]]:
+        """By ring rank and piece: the step in which it is computed."""
+        return [{piece: n for n, stage in enumerate(stages, 1) for piece in stage} for stages in self.stages]
+
+    @cached_property
+    def rows_moved(self) -> int:
+        """Rows that all ranks receive before they are computed on."""
+        if self.takes is None:
+            return (self.rings - 1) * sum(self.key.moving()[1].lengths)
+        groups = self.takes.items()
+        own = [(group, piece) for group, piece in (divmod(g, self.rings * self.pieces) for g, _ in groups)]
+        rows = [sum(b - a for a, b in ranges) for _, ranges in groups]
+        # Every rank of a group but the owner itself.
+        return sum(
+            n * (self.together - (piece // self.pieces // self.together == group))
+            for n, (group, piece) in zip(rows, own, strict=True)
+        )
+
+    @cached_property
+    def busiest(self) -> int:
+        """Visible pairs of the busiest ring rank; 0 where that was not worked out (layouts that are balanced either way)."""
+        if self.low is None or not len(self.low.rows):
+            return 0
+        return int(np.bincount(self.low.q_piece, weights=area(self.low.rows)).max())
+
+    def source(self, rank: int, piece: int) -> int:
+        """Who sends a piece to a rank: its owner or, inside a group, the neighbour that got it from there."""
+        owner = piece // self.pieces
+        if self.together == 1 or rank // self.together == owner // self.together or (rank - owner) % self.together == 0:
+            return owner
+        return rank // self.together * self.together + owner % self.together
+
+
+def _bands_between(
+    key: PlanKey, bands: Bands, stay: Sequence[int], move: Sequence[int], pieces: int, at_most: int | None = None
+) -> _Lowered | None:
+    """The bands between what stays on some ranks and what travels from some, cut into pieces; None if there are too many."""
+    q_layout, k_layout = (layout.merged(key.schedule.ulysses) for layout in (key.q_layout, key.k_layout))
+    if key.travels == "kv":
+        q_runs, k_runs = _runs(q_layout, stay, key.shift), _runs(k_layout, move, 0, pieces)
+    else:
+        q_runs, k_runs = _runs(q_layout, move, key.shift, pieces), _runs(k_layout, stay)
+    if at_most is not None and not _few(bands, q_runs, k_runs, at_most):
+        return None
+    low = lower(bands, q_runs, k_runs)
+    return low if key.travels == "kv" else low.transposed()
+
+
+def _few(bands: Bands, q_runs: _Runs, k_runs: _Runs, at_most: int) -> bool:
+    """Whether there are at most so many bands between the runs; counted from above, without making them."""
+    r = bands.rows
+    if len(r) > at_most:
+        return False
+    count = np.ones(len(r), np.int64)
+    for runs, side in ((q_runs, 0), (k_runs, 2)):
+        start = np.sort(runs.start)
+        count *= 1 + np.searchsorted(start, r[:, side + 1]) - np.searchsorted(start, r[:, side])
+    return int(count.sum()) <= at_most
+
+
+@lru_cache(maxsize=64)
+def _world(key: PlanKey) -> _World:
+    """The world of a key whose rank is 0."""
+    schedule = key.schedule
+    stay, move = key.moving()
+    rings, everyone = stay.world, range(stay.world)
+    together = schedule.inner if schedule.name == "double_ring" else 1
+    pieces = schedule.pieces
+    if not pieces:
+        pieces = min(max(max(move.lengths) // PIECE_ROWS, 1), MOST_PIECES) if 1 < together < rings else 1
+    bands = key.mask.bands((key.shift, key.k_layout.seqlen), (0, key.k_layout.seqlen))
+    low, takes = None, None
+    # Between strided runs every rank needs nearly everything, so working that out is not worth it.
+    if key.trim and all(run.stride == 1 for layout in (stay, move) for runs in layout.ranks for run in runs):
+        low = _bands_between(key, bands, everyone, everyone, pieces, KNOWN_UP_TO)
+        if low is not None:
+            takes = _reach(low, low.q_piece // together * (rings * pieces) + low.k_piece, key.max_gap)
+
+    return _World(key, rings, together, pieces, bands, low, takes)
+
+
+def steps_of(key: PlanKey) -> IntArray:
+    """(rings, rings): the last step in which a rank computes on an owner's chunk; 0 for its own, and for what it needs not."""
+    world = _world(replace(key, rank=0))
+    steps = np.zeros((world.rings, world.rings), np.int64)
+    for rank, found in enumerate(world.steps):
+        for piece, step in found.items():
+            steps[rank, piece // world.pieces] = max(step, steps[rank, piece // world.pieces])
+    return steps
+
+
 @lru_cache(maxsize=512)
 def make_plan(key: PlanKey) -> Plan:
     """The plan of one rank. Cached: every layer and every pass with the same key uses the same object."""
-    schedule, ulysses = key.schedule, key.schedule.ulysses
-    q_layout, k_layout = key.q_layout.merged(ulysses), key.k_layout.merged(ulysses)
-    rings = q_layout.world
+    ulysses = key.schedule.ulysses
     rank, member = divmod(key.rank, ulysses)
-    shift = key.k_layout.seqlen - key.q_layout.seqlen
-    bands = key.mask.bands((shift, key.k_layout.seqlen), (0, key.k_layout.seqlen))
-    everyone = list(range(rings))
-    # With a double ring all ranks of a fast-linked group take what any of them needs, so that they can pass it on unchanged.
-    together = schedule.inner if schedule.name == "double_ring" else 1
-    group = list(range(rank // together * together, rank // together * together + together))
-    # Between strided runs every rank needs nearly everything, so a union of needs is not worth computing.
-    trim = key.trim and (together == 1 or all(run.stride == 1 for runs in k_layout.ranks for run in runs))
-    keys = _runs(k_layout, everyone)
-    low = lower(bands, _runs(q_layout, [rank], shift), keys)
-    if trim:
-        mine = low if together == 1 else lower(bands, _runs(q_layout, group, shift), keys)
-        theirs = lower(bands, _runs(q_layout, everyone, shift), _runs(k_layout, [rank]))
-        by_owner, by_group = _reach(mine, mine.k_rank, key.max_gap), _reach(theirs, theirs.q_rank // together, key.max_gap)
-        wanted = {owner: by_owner.get(owner, ()) for owner in everyone if owner != rank}
-        asked = {dest: by_group.get(dest // together, ()) for dest in everyone if dest != rank}
+    world = _world(replace(key, rank=0))
+    rings, together, pieces = world.rings, world.together, world.pieces
+    everyone, own = range(rings), range(rank * pieces, (rank + 1) * pieces)
+    group = range(rank // together * together, rank // together * together + together)
+    if world.low is not None:
+        low = world.low.where(world.low.q_piece == rank)
+        assert world.takes is not None
+        takes = world.takes
+    elif key.trim and together == 1:
+        low, theirs = world.lowered([rank], everyone), world.lowered(everyone, [rank])
+        takes = _reach(low, rank * (rings * pieces) + low.k_piece, key.max_gap)
+        takes |= _reach(theirs, theirs.q_piece * (rings * pieces) + theirs.k_piece, key.max_gap)
     else:
-        whole: list[Ranges] = [((0, n),) if n else () for n in k_layout.lengths]
-        wanted = {owner: whole[owner] for owner in everyone if owner != rank}
-        asked = {dest: whole[rank] for dest in everyone if dest != rank}
-    # The same steps and slots on every rank, also where a rank has nothing to move: collective transports need all to take part.
-    ways = sorted({route(schedule, rings, rank, owner)[:2] for owner in wanted})
-    n_steps = 1 + max((step for step, _ in ways), default=0)
-    posts: list[dict[int, list[Transfer]]] = [{step: [] for step, at in ways if at == slot} for slot in range(n_steps)]
-    homes: list[list[Transfer]] = [[] for _ in range(n_steps + 1)]
-    stages: list[list[tuple[int, Ranges]]] = [[] for _ in range(n_steps)]
+        low = world.lowered([rank], everyone)
+        lengths = key.moving()[1].lengths
+        whole = [(n * p // pieces, n * (p + 1) // pieces) for n in lengths for p in range(pieces)]
+        takes = {g * len(whole) + i: (a,) for g in range(rings // together) for i, a in enumerate(whole) if a[0] < a[1]}
+    n_steps = 1 + len(world.ways)
+    ways = [Way(-1, -1, False), *world.ways]
+    # The same slots on every rank, also where a rank has nothing to move: collective transports need all to take part.
+    posts: list[dict[int, list[Transfer]]] = [{s: [] for s in range(1, n_steps) if ways[s].slot == at} for at in range(n_steps)]
+    homes: list[dict[int, list[Transfer]]] = [
+        {s: [] for s in range(1, n_steps) if ways[s].home == at} for at in range(n_steps + 1)
+    ]
 
-    def add(dest: int, owner: int, rows: Ranges) -> None:
+    def taken(dest: int, piece: int) -> Ranges:
+        return takes.get(dest // together * (rings * pieces) + piece, ())
+
+    def add(dest: int, piece: int, rows: Ranges) -> None:
         if rows:
-            way = route(schedule, rings, dest, owner)
-            posts[way.slot][way.step].append(Transfer(way.step, owner, way.source, dest, rows))
-            homes[way.home_slot].append(Transfer(way.step, owner, dest, way.source, rows))
+            step, source = world.steps[dest][piece], world.source(dest, piece)
+            posts[ways[step].slot][step].append(Transfer(step, piece // pieces, source, dest, rows))
+            homes[ways[step].home][step].append(Transfer(step, piece // pieces, dest, source, rows))
 
-    # Receives in the order of the ring, so that the nearest predecessor's chunk comes first in a stage.
-    for distance in range(1, rings):
-        owner = (rank - distance) % rings
-        add(rank, owner, wanted[owner])
-        if wanted[owner]:
-            stages[route(schedule, rings, rank, owner).step].append((owner, wanted[owner]))
-    for distance in range(1, rings):
-        dest = (rank + distance) % rings
-        if route(schedule, rings, dest, rank).source == rank:
-            add(dest, rank, asked[dest])
-    for owner in everyone if together > 1 else ():  # chunks of other groups that this rank passes on inside its own
-        if owner % together == rank % together and owner // together != rank // together:
-            for dest in group:
-                if dest != rank:
-                    add(dest, owner, wanted[owner])
-    order = np.argsort(low.k_rank, kind="stable")
-    owners, first = np.unique(low.k_rank[order], return_index=True)
-    rows_of = dict(zip(owners.tolist(), np.split(order, first)[1:], strict=True))
-    stages[0] = [(rank, ((0, k_layout.lengths[rank]),))]
+    for piece in world.steps[rank]:
+        add(rank, piece, taken(rank, piece))
+    for dest in everyone:
+        for piece in own:
+            if dest != rank and world.source(dest, piece) == rank:
+                add(dest, piece, taken(dest, piece))
+    for dest in group if together > 1 else ():  # chunks of other groups that this rank passes on inside its own
+        for piece in range(rings * pieces) if dest != rank else ():
+            if piece // pieces // together != rank // together and world.source(dest, piece) == rank:
+                add(dest, piece, taken(dest, piece))
+    steps = _steps(world, low, rank, taken)
     members = slice(rank * ulysses, (rank + 1) * ulysses)
+    if key.travels == "q":
+        steps = [replace(step, parts=tuple(part.transposed() for part in step.parts)) for step in steps]
+    in_order, at_home = (
+        tuple(tuple(Post(step, tuple(sorted(ts))) for step, ts in sorted(slot.items())) for slot in slots)
+        for slots in (posts, homes)
+    )
     return Plan(
         key=key,
         rank=rank,
@@ -567,12 +848,87 @@ def make_plan(key: PlanKey) -> Plan:
         q_lengths=key.q_layout.lengths[members],
         k_lengths=key.k_layout.lengths[members],
         shares=head_shares(key.heads, key.kv_heads, ulysses),
-        steps=tuple(_stage(low, rows_of, chunks) for chunks in stages),
-        posts=tuple(tuple(Post(step, tuple(sorted(ts))) for step, ts in sorted(slot.items())) for slot in posts),
-        homes=tuple(tuple(sorted(slot)) for slot in homes),
+        steps=tuple(steps),
+        far=tuple(way.far for way in ways),
+        posts=in_order,
+        homes=at_home,
     )
+
+
+def _steps(world: _World, low: _Lowered, rank: int, taken: Callable[[int, int], Ranges]) -> list[Step]:
+    """A rank's steps: the local one, and one for every stage."""
+    order = np.argsort(low.k_piece, kind="stable")
+    found, first = np.unique(low.k_piece[order], return_index=True)
+    bands = dict(zip(found.tolist(), np.split(order, first)[1:], strict=True))
+    nothing = np.empty(0, np.int64)
+    whole = ((0, world.key.moving()[1].lengths[rank]),)
+    if world.pieces == 1:
+        steps = [_stage(low, [_Load(rank, whole, bands.get(rank, nothing))])]
+    else:
+        local = _bands_between(world.key, world.bands, [rank], [rank], 1)
+        assert local is not None
+        steps = [_stage(local, [_Load(rank, whole, np.arange(len(local.rows)))])]
+    for pieces in [*world.stages[rank], *[[]] * (len(world.ways) - len(world.stages[rank]))]:
+        loads = [_Load(p // world.pieces, taken(rank, p), bands.get(p, nothing)) for p in pieces]
+        steps.append(_stage(low, [load for load in loads if load.ranges]))
+    return steps
 
 
 def plans(key: PlanKey) -> Iterator[Plan]:
     """The plans of all ranks of a world."""
     return (make_plan(replace(key, rank=rank)) for rank in range(key.world))
+
+
+# The backward pass
+
+
+class RowBytes(NamedTuple):
+    """Bytes of one row of what travels in a backward pass, over all heads of a ring rank: on its way out, and home."""
+
+    out: int
+    home: int
+
+
+def row_bytes(plan: Plan, travels: str, head_dim: int, head_dim_v: int, dtype_bytes: int) -> RowBytes:
+    """K and V, and their gradients in float32; or Q, dO, 16 bytes for log-sum-exp and delta, and dQ in float32."""
+    acc = 8 if dtype_bytes == 8 else 4
+    if travels == "kv":
+        heads = sum(share.k1 - share.k0 if share.k_index is None else len(share.k_index) for share in plan.shares)
+        return RowBytes(heads * (head_dim + head_dim_v) * dtype_bytes, heads * (head_dim + head_dim_v) * acc)
+    heads = plan.key.heads
+    return RowBytes(heads * ((head_dim + head_dim_v) * dtype_bytes + ROW_TAIL), heads * head_dim * acc)
+
+
+ROW_TAIL = 16
+"""Bytes beside a row of Q and dO: log-sum-exp and delta, with what keeps rows aligned."""
+
+UNEVEN = 1.02
+"""With what travels, it changes which rank computes what. So much more work for the busiest one is not worth fewer bytes."""
+
+
+class Traffic(NamedTuple):
+    """A backward pass with one thing travelling: rows that all ranks receive, bytes, and the busiest ring rank's pairs."""
+
+    rows: int
+    nbytes: int
+    busiest: int
+
+
+@lru_cache(maxsize=512)
+def traffic(plan: Plan, travels: str, head_dim: int, head_dim_v: int, dtype_bytes: int) -> Traffic:
+    """What a backward pass of the whole world would move, if K and V travelled ("kv") or Q ("q")."""
+    far_first = plan.key.schedule.name == "double_ring"
+    world = _world(replace(plan.key, rank=0, travels=travels, far_first=far_first))
+    row = row_bytes(plan, travels, head_dim, head_dim_v, dtype_bytes)
+    return Traffic(world.rows_moved, world.rows_moved * (row.out + row.home), world.busiest)
+
+
+@lru_cache(maxsize=512)
+def _backward(plan: Plan, head_dim: int, head_dim_v: int, dtype_bytes: int, takes_delta: bool) -> Plan:
+    travels = plan.key.schedule.travels
+    if travels == "auto":
+        travels = "kv"
+        if takes_delta and plan.rings > 1:
+            kv, q = (traffic(plan, travels, head_dim, head_dim_v, dtype_bytes) for travels in ("kv", "q"))
+            travels = "q" if q.nbytes < kv.nbytes and q.busiest <= UNEVEN * kv.busiest else "kv"
+    return make_plan(replace(plan.key, travels=travels, far_first=plan.key.schedule.name == "double_ring"))

@@ -111,7 +111,7 @@ def kernel_for(call: Call, plan: Plan) -> Kernel:
         softcap=call.softcap > 0,
         deterministic=call.deterministic,
         needs_grad=call.needs_grad,
-        dlse=call.with_lse and call.needs_grad,
+        dlse=(call.with_lse or plan.key.schedule.travels == "q") and call.needs_grad,  # where q travels, out does not
         positive_scale=call.scale > 0,
     )
     kernel = choose(call.backend, problem)

@@ -264,44 +264,53 @@ def backward_loop(
             deterministic=job.deterministic,
         )
         return *grads, dsinks
-    dq = torch.zeros(q.shape, dtype=acc, device=q.device)
-    stages = Stages(plan, job.transport, k, v)
-    home = Homecoming(plan, job.transport, k, v, acc)
+    plan = plan.backward(q.shape[3], v.shape[3], q.element_size(), getattr(kernel, "takes_delta", False))
+    queries, keys = (q, dout, saved.lse, delta), (k, v)
+    turned = plan.key.travels == "q"  # keys stay, and queries come to them
+    stages = Stages(plan, job.transport, q, dout, narrow=queries[2:]) if turned else Stages(plan, job.transport, k, v)
+    home = Homecoming(plan, job.transport, q if turned else k, [x.shape[3] for x in ((q,) if turned else keys)], acc)
+    kept = tuple(torch.zeros(x.shape, dtype=acc, device=x.device) for x in (keys if turned else (q,)))
     home.gradients(0)
     for n, step in enumerate(plan.steps):
         if n:
             yield
-        k_stage, v_stage = stages.arrive(n)
+            trace.begin(trace.WAIT, n)
+        (q_n, dout_n, lse_n, delta_n), (k_n, v_n) = (stages.arrive(n), keys) if turned else (queries, stages.arrive(n))
+        if n:
+            trace.end(trace.WAIT, n)
         stages.post(n)
-        dk_stage, dv_stage = home.gradients(n)
+        (dq_n,), (dk_n, dv_n) = (home.gradients(n), kept) if turned else (kept, home.gradients(n))
+        out_n = saved.out if dlse is None and not (turned and n) else None
+        trace.begin(trace.BACKWARD, n)
         for part in step.parts:
             kernel.backward(
-                _rows(dout, part.q_view),
-                _rows(q, part.q_view),
-                _rows(k_stage, part.k_view),
-                _rows(v_stage, part.k_view),
-                _rows(saved.out, part.q_view) if dlse is None else None,
-                _rows(saved.lse, part.q_view, dim=2),
-                _rows(delta, part.q_view, dim=2),
+                _rows(dout_n, part.q_view),
+                _rows(q_n, part.q_view),
+                _rows(k_n, part.k_view),
+                _rows(v_n, part.k_view),
+                None if out_n is None else _rows(out_n, part.q_view),
+                _rows(lse_n, part.q_view, dim=2),
+                _rows(delta_n, part.q_view, dim=2),
                 part.slices,
                 scale=job.scale,
                 softcap=job.softcap,
-                dq=_rows(dq, part.q_view),
-                dk=_rows(dk_stage, part.k_view),
-                dv=_rows(dv_stage, part.k_view),
+                dq=_rows(dq_n, part.q_view),
+                dk=_rows(dk_n, part.k_view),
+                dv=_rows(dv_n, part.k_view),
                 deterministic=job.deterministic,
             )
-        home.receive()
+        trace.end(trace.BACKWARD, n)
+        home.receive(n)
         home.post(n)
         stages.release(n)
         home.release(n)
     yield
-    home.receive()
+    home.receive(len(plan.steps))
     home.post(len(plan.steps))
     yield
     home.receive()
     stages.finish()
-    dk, dv = home.gradients(0)
+    (dq,), (dk, dv) = (home.gradients(0), kept) if turned else (kept, home.gradients(0))
     if plan.key.schedule.ulysses == 1:
         return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype), dsinks
     # Query heads have one owner, so they travel in their final dtype; key heads may be shared and are summed in float32.

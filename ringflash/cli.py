@@ -309,18 +309,23 @@ def as_dict(forecast: Forecast) -> dict[str, Any]:
             "memory_bytes": times.memory.total,
             "memory": dict(times.memory.items),
         }
-    steps = zip(plan.steps, forecast.steps, forecast.forward.steps, forecast.backward.steps, strict=True)
-    found["steps"] = [
-        {
-            "chunks": [chunk.owner for chunk in step.chunks],
-            "rows": step.rows,
-            **f.work._asdict(),
-            **{name: getattr(f, name) for name in ("bytes_in", "bytes_out", "home_in", "home_out")},
-            "forward": forward._asdict(),
-            "backward": backward._asdict(),
-        }
-        for step, f, forward, backward in steps
-    ]
+    back = forecast.back
+    found["travels"] = {"forward": plan.key.travels, "backward": back.key.travels}
+    for name, p, steps, times in (
+        ("steps", plan, forecast.steps, forecast.forward),
+        ("backward_steps", back, forecast.backward_steps, forecast.backward),
+    ):
+        found[name] = [
+            {
+                "chunks": [chunk.owner for chunk in step.chunks],
+                "rows": step.rows,
+                **f.work._asdict(),
+                **{what: getattr(f, what) for what in ("bytes_in", "bytes_out")},
+                **({what: getattr(f, what) for what in ("home_in", "home_out")} if p is not plan or back is plan else {}),
+                **time._asdict(),
+            }
+            for step, f, time in zip(p.steps, steps, times.steps, strict=True)
+        ]
     return found
 
 

@@ -44,6 +44,9 @@ REAL = ("tests/test_distributed.py::test_several_messages_to_one_peer",)
 AGREE = ("tests/test_failures.py::test_disagreement_is_the_same_error_on_every_rank",)
 SHARD = ("tests/test_shard.py",)
 PLAN = ("tests/test_plan.py::test_only_rows_that_are_seen_travel",)
+COMPACT = ("tests/test_plan.py::test_ranks_do_not_walk_past_chunks_they_do_not_need",)
+DUE = ("tests/test_plan.py::test_gradients_cross_slow_links_while_the_next_block_is_computed",)
+TURNED = ("tests/test_property.py::test_queries_may_travel",)
 LAYOUT = ("tests/test_layout.py",)
 NONFINITE = ("tests/test_nonfinite.py::test_a_bad_value_reaches_the_rows_that_see_it_and_no_others",)
 
@@ -93,22 +96,22 @@ BUGS = (
     Bug("intersection keeps one stride", "ringflash/mask.py", "math.lcm(a.modulus, b.modulus)", "max(a.modulus, b.modulus)"),
     # layouts and plans
     Bug(
-        "wrong owner: what others need is worked out for the neighbour's chunk",
+        "wrong owner: everybody takes what the neighbour needs",
         "parallel/plan.py",
-        "_runs(k_layout, [rank])",
-        "_runs(k_layout, [(rank + 1) % rings])",
+        "takes.get(dest // together * (rings * pieces) + piece, ())",
+        "takes.get((dest + 1) % rings // together * (rings * pieces) + piece, ())",
     ),
     Bug(
         "dropped chunk: the last one of a ring never travels",
         "parallel/plan.py",
-        "        if rows:\n            way = route(",
-        "        if rows and (dest - owner) % rings != rings - 1:\n            way = route(",
+        "        if rows:\n            step, source =",
+        "        if rows and (dest - piece // pieces) % rings != rings - 1:\n            step, source =",
     ),
     Bug(
         "dropped chunk: of a stage only the first is computed",
         "parallel/plan.py",
-        "mine = by_owner.get(owner, np.empty(0, np.int64))",
-        "mine = by_owner.get(owner if len(placed) == 1 else -1, np.empty(0, np.int64))",
+        "bands.get(p, nothing)) for p in pieces]",
+        "bands.get(p if p == pieces[0] else -1, nothing)) for p in pieces]",
     ),
     Bug("wrong residue for a dilated mask", "parallel/plan.py", "residue = ((gap // g)", "residue = ((-gap // g)"),
     Bug(
@@ -123,7 +126,7 @@ BUGS = (
         "found.setdefault(key, []).append((a, b))",
         "found.setdefault(key, []).append((a, max(b - 1, a + 1)))",
     ),
-    Bug("queries at the start of the keys", "parallel/plan.py", "shift = key.k_layout.seqlen - key.q_layout.seqlen", "shift = 0"),
+    Bug("queries at the start of the keys", "parallel/plan.py", "return self.k_layout.seqlen - self.q_layout.seqlen", "return 0"),
     Bug(
         "second chunk of a stage computed as if it were the first",
         "parallel/plan.py",
@@ -136,6 +139,34 @@ BUGS = (
         "start[1:] > reached[:-1] + max_gap",
         "start[1:] > reached[:-1] + max_gap + 1",
         PLAN,
+    ),
+    Bug("queries travel: bounds not turned", "parallel/plan.py", "[k0, k1, q0, q1, -hi, -lo]", "[k0, k1, q0, q1, lo, hi]"),
+    Bug("queries travel: residue not turned", "parallel/plan.py", "-self.residue % self.modulus", "self.residue % self.modulus"),
+    Bug(
+        "a piece's bands are the whole chunk's",
+        "parallel/plan.py",
+        "n = min(run.length - done, cuts[piece] - offset)",
+        "n = run.length - done",
+    ),
+    Bug(
+        "a step for a chunk that nobody needs",
+        "parallel/plan.py",
+        "        if rows(rank, piece):\n            if not stages",
+        "        if True:\n            if not stages",
+        COMPACT,
+    ),
+    Bug(
+        "a block's gradients cross the slow links before the neighbours' are in",
+        "parallel/plan.py",
+        "Way(0 if s == begins[0] else s - inner, s + inner if inner > 1 else s, inner > 1)",
+        "Way(0 if s == begins[0] else s - inner, s + inner - 1 if inner > 1 else s, inner > 1)",
+    ),
+    Bug(
+        "what crosses slow links holds up the next step",
+        "parallel/plan.py",
+        "slot + (self.key.schedule.inner if self.far[step] else 1)",
+        "slot + 1",
+        DUE,
     ),
     Bug(
         "zigzag's second piece from the wrong end",
@@ -197,15 +228,33 @@ BUGS = (
         PRECISION + FAST,
     ),
     # transport
+    Bug(
+        "log-sum-exp and delta change places on the way",
+        "parallel/transport/__init__.py",
+        "_tail(buffer, x.dtype)[..., i] = x.permute",
+        "_tail(buffer, x.dtype)[..., 1 - i] = x.permute",
+    ),
+    Bug(
+        "remote queries with the local output",
+        "ringflash/autograd.py",
+        "dlse is None and not (turned and n)",
+        "dlse is None",
+        TURNED,
+    ),
     Bug("gradient of a passed-on chunk lost", "parallel/transport/__init__.py", "target.add_(source)", "target.copy_(source)"),
     Bug("gradients not brought home", "parallel/transport/__init__.py", "target.add_(source)", "target.add_(source, alpha=0)"),
     Bug(
         "keys sent in place of values",
         "parallel/transport/__init__.py",
-        "torch.cat([x.transpose(0, 1) for x in self.local]",
-        "torch.cat([x.transpose(0, 1) for x in self.local[::-1]]",
+        "torch.cat([x.transpose(0, 1) for x in self.wide]",
+        "torch.cat([x.transpose(0, 1) for x in self.wide[::-1]]",
     ),
-    Bug("a buffer is forgotten before it is passed on", "parallel/transport/__init__.py", "if not passed_on:", "if True:"),
+    Bug(
+        "a buffer is forgotten before it is passed on",
+        "parallel/transport/__init__.py",
+        "last[leg.step] = max(last[leg.step], n)",
+        "last[leg.step] = last[leg.step]",
+    ),
     Bug(
         "all-to-all: a peer's second message is its first again",
         "parallel/transport/alltoall.py",

@@ -114,7 +114,7 @@ def test_plan_explains_one_rank(capsys: pytest.CaptureFixture[str]) -> None:
     text = said(capsys, *PLAN, "--mask", "causal", "--window", "4096", "--rank", "5")
     assert "causal(window=4096)" in text and "5 of 64" in text and "H200" in text and "balance" in text
     text = said(capsys, "plan", "--seqlen", "4k", "--world", "4")
-    assert "allgather" in text and "(auto: stages of about 98,304 remote tokens, 1,024 a chunk)" in text
+    assert "staged(rows=98304)" in text and "(auto: stages of about 98,304 remote tokens, 1,024 a chunk)" in text
 
 
 def test_plan_lists_all_ranks(capsys: pytest.CaptureFixture[str]) -> None:

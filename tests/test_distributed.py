@@ -17,7 +17,7 @@ BATCH, BATCHES = 12, 4
 
 def with_transport(case: Case) -> Case:
     """Every transport in turn, where the schedule allows it."""
-    whole_chunks = case.schedule == "allgather" and case.ulysses == 1
+    whole_chunks = case.build_schedule() == "allgather" and case.ulysses == 1
     transports = ("auto", "p2p", "alltoall", "allgather" if whole_chunks else "alltoall")
     return replace(case, transport=transports[case.seed % len(transports)])
 

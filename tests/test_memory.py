@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from ringflash.autograd import Job, backward_in_groups, forward_in_groups
 from ringflash.mask import Mask
 from ringflash.parallel.memory import Peak, Shape, backward_peak, extra_bytes, forward_peak, tensor_bytes
-from ringflash.parallel.plan import Plan
+from ringflash.parallel.plan import Plan, make_schedule
 from ringflash.parallel.transport import Label, Message, Transport
 from ringflash.simulated import SimulatedWorld
 
@@ -137,8 +137,13 @@ class Case:
     def shape(self) -> Shape:
         return Shape(self.batch, self.head_dim, self.head_dim_v, self.dtype.itemsize)
 
+    travels: str = "kv"
+    pieces: int = 0
+
     def plan(self, rank: int) -> Plan:
-        world = SimulatedWorld(self.world, self.layout, self.schedule, ulysses=self.ulysses, inner=self.inner).for_mask(self.mask)
+        schedule = make_schedule(self.schedule, self.world, self.ulysses, self.inner)
+        schedule = replace(schedule, travels=self.travels, pieces=self.pieces)
+        world = SimulatedWorld(self.world, self.layout, schedule).for_mask(self.mask)
         return world.plan(rank, self.mask, self.seqlen, self.seqlen, self.heads, self.kv_heads)
 
 
@@ -151,6 +156,12 @@ CASES = [
     Case("a window: parts of chunks, some ranks ask nobody", Mask.causal(window=48), "ring", layout="contiguous"),
     Case("documents: several ranges a chunk", Mask.documents([70, 0, 130, 40, 272]), "ring", layout="balanced"),
     Case("double ring: stages stay to be passed on", Mask.full(), "double_ring", world=8, inner=4),
+    Case("double ring in pieces", Mask.full(), "double_ring", world=8, inner=4, pieces=2),
+    Case("queries travel", Mask.causal(), "ring", travels="q"),
+    Case("queries travel in float32", Mask.causal(), "ring", dtype=torch.float32, travels="q"),
+    Case("queries travel all at once", Mask.full(), "allgather", travels="q"),
+    Case("queries travel in a double ring, in pieces", Mask.full(), "double_ring", world=6, inner=3, travels="q", pieces=3),
+    Case("queries travel behind Ulysses", Mask.causal(), "hybrid", world=8, ulysses=4, travels="q"),
     Case("dilated: views, so a running state from the start", Mask.dilated(4), "ring"),
     Case("sinks: a running state from the start", Mask.causal(), "ring", sinks=True),
     Case("dlse", Mask.causal(), "ring", dlse=True),

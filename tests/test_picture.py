@@ -12,8 +12,8 @@ pytest.importorskip("matplotlib")
 
 from ringflash import Mask, SimulatedWorld
 from ringflash.parallel.layout import make_layout
-from ringflash.parallel.picture import MOST_POLYGONS, coverage, draw_plan, polygons, rank_colours, regions, steps_of
-from ringflash.parallel.plan import make_schedule
+from ringflash.parallel.picture import MOST_POLYGONS, coverage, draw_plan, polygons, rank_colours, regions
+from ringflash.parallel.plan import steps_of
 from ringflash.slices import area
 from ringflash.testing import visibility
 
@@ -62,7 +62,10 @@ def test_polygons_have_the_area_of_their_bands() -> None:
 
 
 def test_steps_and_colours() -> None:
-    assert steps_of(make_schedule("ring", 3), 3).tolist() == [[0, 2, 1], [1, 0, 2], [2, 1, 0]]
+    full = SimulatedWorld(3, "contiguous", "ring").plan(0, Mask.full(), 9, 9, 1, 1)
+    assert steps_of(full.key).tolist() == [[0, 2, 1], [1, 0, 2], [2, 1, 0]]
+    first = SimulatedWorld(3, "contiguous", "ring").plan(0, Mask.prefix(3), 9, 9, 1, 1)
+    assert steps_of(first.key).tolist() == [[0, 0, 0], [1, 0, 0], [2, 1, 0]]
     for n in (1, 8, 9, 64):
         assert len({tuple(c) for c in rank_colours(n).round(3)}) == n
 

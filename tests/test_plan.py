@@ -14,16 +14,17 @@ import pytest
 
 from ringflash.mask import Dilated, Mask
 from ringflash.parallel.layout import Layout, make_layout
-from ringflash.parallel.plan import Plan, PlanKey, Step, Transfer, head_shares, make_plan, make_schedule, plans
+from ringflash.parallel.plan import Plan, PlanKey, Ranges, Schedule, Step, Transfer, head_shares, make_plan, make_schedule, plans
 from ringflash.slices import Slices
 from ringflash.testing import Case, draw, visibility
 
 
 @dataclass(frozen=True)
 class World:
-    """All ranks' plans of a case, and what the mask shows pair by pair."""
+    """All ranks' plans of a pass of a case, and what the mask shows pair by pair."""
 
     case: Case
+    backward: bool = False
 
     @cached_property
     def mask(self) -> Mask:
@@ -40,9 +41,15 @@ class World:
     def plans(self) -> list[Plan]:
         """Of one Ulysses member of each ring rank: the members differ only in their heads."""
         case = self.case
-        schedule = make_schedule(case.schedule, case.world, case.ulysses, case.inner)
+        schedule = make_schedule(case.build_schedule(), case.world, case.ulysses, case.inner)
         key = PlanKey(self.mask, *self.layouts, schedule, case.heads, case.kv_heads, 0, case.trim, case.max_gap)
-        return [plan for plan in plans(key) if plan.member == 0]
+        found = [plan for plan in plans(key) if plan.member == 0]
+        return [plan.backward(case.head_dim, case.head_dim_v, 4) for plan in found] if self.backward else found
+
+    @property
+    def turned(self) -> bool:
+        """Whether queries travel."""
+        return self.plans[0].key.travels == "q"
 
     @cached_property
     def visible(self) -> np.ndarray:
@@ -74,13 +81,23 @@ class World:
     def k_positions(self, rank: int) -> np.ndarray:
         return self.layouts[1].merged(self.plans[0].key.schedule.ulysses).positions(rank)
 
-    def keys_of(self, step: Step) -> np.ndarray:
-        """Positions of the rows of a step's key buffer."""
+    def stays(self, rank: int) -> np.ndarray:
+        return self.k_positions(rank) if self.turned else self.q_positions(rank)
+
+    def travels(self, rank: int) -> np.ndarray:
+        return self.q_positions(rank) if self.turned else self.k_positions(rank)
+
+    def pairs(self, seen: np.ndarray, stays: np.ndarray, travels: np.ndarray) -> np.ndarray:
+        """Of a matrix over queries and keys, what stays in rows and what travels in columns."""
+        return seen.T[stays][:, travels] if self.turned else seen[stays][:, travels]
+
+    def rows_of_stage(self, step: Step) -> np.ndarray:
+        """Positions of the rows of a step's buffer."""
         rows = np.full(step.rows, -1)
         for chunk in step.chunks:
             offset = chunk.offset
             for start, stop in chunk.ranges:
-                rows[offset : offset + stop - start] = self.k_positions(chunk.owner)[start:stop]
+                rows[offset : offset + stop - start] = self.travels(chunk.owner)[start:stop]
                 offset += stop - start
         assert (rows >= 0).all(), "every row of a stage's buffer is filled"
         return rows
@@ -88,7 +105,8 @@ class World:
     def painted(self, rank: int, step: Step) -> np.ndarray:
         """How often a step computes each (query position, key position) pair of the whole sequence."""
         seen = np.zeros_like(self.visible, dtype=int)
-        q_all, k_all = self.q_positions(rank), self.keys_of(step)
+        q_all, k_all = self.stays(rank), self.rows_of_stage(step)
+        q_all, k_all = (k_all, q_all) if self.turned else (q_all, k_all)
         for part in step.parts:
             q, k = (x[v.start :: v.step] for x, v in ((q_all, part.q_view), (k_all, part.k_view)))
             i, j = np.arange(len(q))[:, None], np.arange(len(k))[None, :]
@@ -116,12 +134,13 @@ def filled(rows: set[int], max_gap: int) -> set[int]:
 
 
 @cache
-def drawn_world(seed: int) -> World:
-    return World(draw(seed, max_len=48))
+def drawn_world(seed: int, backward: bool) -> World:
+    return World(draw(seed, max_len=48), backward)
 
 
 def worlds(first: int, n: int) -> Iterator[World]:
-    return (drawn_world(seed) for seed in range(first, first + n))
+    """Drawn worlds, half of them in their backward pass."""
+    return (drawn_world(seed, seed % 2 == 1) for seed in range(first, first + n))
 
 
 BATCHES = pytest.mark.parametrize("first", range(0, 600, 60))
@@ -143,8 +162,8 @@ def test_nothing_empty_is_computed_or_moved(first: int) -> None:
                 for part in step.parts:
                     assert len(part.slices), "a kernel call without Slices"
                     assert Slices(part.slices.table) == part.slices, "Slices are tight"
-                chunks = [chunk.owner for chunk in step.chunks]
-                assert len(chunks) == len(set(chunks)) and (n == 0 or plan.rank not in chunks), repr(world.case)
+                assert len(set(step.chunks)) == len(step.chunks), repr(world.case)
+                assert n == 0 or plan.rank not in {chunk.owner for chunk in step.chunks}, repr(world.case)
                 assert all(chunk.ranges and all(a < b for a, b in chunk.ranges) for chunk in step.chunks if n), repr(world.case)
             for _, t in sent(plan):
                 assert t.source != t.dest and t.ranges and all(a < b for a, b in t.ranges), repr(world.case)
@@ -157,8 +176,10 @@ def test_sends_and_receives_meet_in_order(first: int) -> None:
     """Messages between two ranks are matched by their order alone."""
     for world in worlds(first, 60):
         lists = {
-            "keys and values": [[(slot, t) for slot, t in sent(p)] for p in world.plans],
-            "gradients": [[(slot, t) for slot, ts in enumerate(p.homes) for t in ts] for p in world.plans],
+            "chunks": [[(slot, t) for slot, t in sent(p)] for p in world.plans],
+            "gradients": [
+                [(slot, t) for slot, posts in enumerate(p.homes) for post in posts for t in post.transfers] for p in world.plans
+            ],
         }
         for what, of_rank in lists.items():
             for a in range(len(of_rank)):
@@ -173,34 +194,37 @@ def test_sends_and_receives_meet_in_order(first: int) -> None:
 def test_all_ranks_post_at_the_same_slots(first: int) -> None:
     """Collective transports need every rank in every post, even with nothing to move."""
     for world in worlds(first, 60):
-        posts = {tuple(tuple(post.step for post in slot) for slot in plan.posts) for plan in world.plans}
-        assert len(posts) == 1, repr(world.case)
+        for what in ("posts", "homes"):
+            slots = {tuple(tuple(post.step for post in slot) for slot in getattr(plan, what)) for plan in world.plans}
+            assert len(slots) == 1, repr(world.case)
         assert len({(len(plan.steps), len(plan.homes)) for plan in world.plans}) == 1, repr(world.case)
 
 
 @BATCHES
 def test_chunks_are_held_before_they_are_sent_and_arrive_before_they_are_needed(first: int) -> None:
     for world in worlds(first, 60):
-        held = [{c.owner: (n, c.ranges) for n, step in enumerate(p.steps) for c in step.chunks} for p in world.plans]
+        held = [
+            {(c.owner, row): n for n, s in enumerate(p.steps) for c in s.chunks for row in rows_of(c.ranges)} for p in world.plans
+        ]
         for plan in world.plans:
-            arrived = {}
+            arrived: dict[tuple[int, int], int] = {}
             for slot, t in sent(plan):
-                if t.source == plan.rank:
-                    step, ranges = held[plan.rank][t.owner]
-                    assert step <= slot and rows_of(t.ranges) <= rows_of(ranges), f"sent before it is there: {world.case!r}"
-                else:
-                    assert t.owner not in arrived, f"a chunk arrives twice: {world.case!r}"
-                    arrived[t.owner] = (slot, t.ranges)
-            for n, step in enumerate(plan.steps):
-                for chunk in step.chunks if n else ():
-                    slot, ranges = arrived.pop(chunk.owner)
-                    assert slot < n and ranges == chunk.ranges, f"computed before it is posted: {world.case!r}"
-            assert not arrived, f"chunks that arrive and are in no step: {world.case!r}"
+                for row in rows_of(t.ranges):
+                    if t.source == plan.rank:
+                        assert held[plan.rank][t.owner, row] <= slot, f"sent before it is there: {world.case!r}"
+                    else:
+                        assert (t.owner, row) not in arrived, f"a row arrives twice: {world.case!r}"
+                        arrived[t.owner, row] = slot
+            for (owner, row), n in held[plan.rank].items():
+                if n:
+                    assert arrived.pop((owner, row)) < n, f"computed before it is posted: {world.case!r}"
+            assert not arrived, f"rows that arrive and are in no step: {world.case!r}"
 
 
 @BATCHES
 def test_only_rows_that_are_seen_travel(first: int) -> None:
-    """The keys some query of the receiver sees (in a double ring: of its fast-linked group, which passes them on).
+    """The keys some query of the receiver sees (in a double ring: of its fast-linked group, which passes them on); or, where
+    queries travel, the queries that see some key of the receiver.
 
     With max_gap 0 these and no others; else gaps of up to max_gap rows between them may come along. Ranges have no stride, so
     of a dilated mask the rows between the visible ones may come along. A double ring of a striped layout moves whole chunks,
@@ -209,16 +233,25 @@ def test_only_rows_that_are_seen_travel(first: int) -> None:
     for world in worlds(first, 60):
         for plan in world.plans:
             group = plan.rank // world.together * world.together
-            q = np.concatenate([world.q_positions(r) for r in range(group, group + world.together)])
-            got = {t.owner: t.ranges for _, t in sent(plan) if t.dest == plan.rank}
-            for owner in range(len(world.plans)):
+            stays = np.concatenate([world.stays(r) for r in range(group, group + world.together)])
+            pieces = max(world.case.pieces, 1)
+            got: dict[tuple[int, int], Ranges] = {}
+            for t in (t for _, t in sent(plan) if t.dest == plan.rank):
+                n = len(world.travels(t.owner))
+                piece = next(p for p in range(pieces) if t.ranges[0][0] < n * (p + 1) // pieces)
+                assert (t.owner, piece) not in got and t.ranges[-1][1] <= n * (piece + 1) // pieces, "a piece comes at once"
+                got[t.owner, piece] = t.ranges
+            for owner, piece in ((owner, piece) for owner in range(len(world.plans)) for piece in range(pieces)):
                 if owner != plan.rank:
-                    k = world.k_positions(owner)
-                    needed = set(np.flatnonzero(world.visible[q][:, k].any(axis=0)).tolist())
-                    allowed = set(np.flatnonzero(world.undilated[q][:, k].any(axis=0)).tolist()) if needed else set()
-                    ranges = got.get(owner, ())
+                    rows = world.travels(owner)
+                    first, last = (len(rows) * p // pieces for p in (piece, piece + 1))
+                    rows = rows[first:last]
+                    needed = set((first + np.flatnonzero(world.pairs(world.visible, stays, rows).any(axis=0))).tolist())
+                    loose = world.pairs(world.undilated, stays, rows)
+                    allowed = set((first + np.flatnonzero(loose.any(axis=0))).tolist()) if needed else set()
+                    ranges = got.get((owner, piece), ())
                     if not world.case.trim or (world.together > 1 and world.case.layout == "striped"):
-                        assert rows_of(ranges) == set(range(len(k))), repr(world.case)
+                        assert rows_of(ranges) == set(range(first, last)), repr(world.case)
                         continue
                     assert needed <= rows_of(ranges) <= filled(allowed, world.case.max_gap), (plan.rank, owner, repr(world.case))
                     assert all({start, stop - 1} <= allowed for start, stop in ranges), "ranges begin and end with a needed row"
@@ -228,28 +261,36 @@ def test_only_rows_that_are_seen_travel(first: int) -> None:
 
 @BATCHES
 def test_every_gradient_comes_home_once(first: int) -> None:
-    """Counts instead of gradients: each row's count at home is the number of queries that see it."""
+    """Counts instead of gradients: each row's count at home is the number of pairs it is in. What arrives is added when it is
+    due, and not passed on before."""
     for world in worlds(first, 60):
         n = len(world.plans)
-        held = [[np.zeros(len(world.k_positions(owner)), dtype=int) for owner in range(n)] for _ in range(n)]
+        held = [[np.zeros(len(world.travels(owner)), dtype=int) for owner in range(n)] for _ in range(n)]
+        under_way: list[tuple[int, Transfer, list[int], np.ndarray]] = []
         for slot in range(len(world.plans[0].homes)):
+            last = slot == len(world.plans[0].homes) - 1
             for plan in world.plans:
                 if slot < len(plan.steps):
-                    counts = world.painted(plan.rank, plan.steps[slot]).sum(axis=0)
+                    counts = world.painted(plan.rank, plan.steps[slot]).sum(axis=1 if world.turned else 0)
                     for owner in range(n):
-                        held[plan.rank][owner] += counts[world.k_positions(owner)]
-            under_way = []
+                        held[plan.rank][owner] += counts[world.travels(owner)]
+            for due, t, rows, counts in under_way:
+                if due <= slot:
+                    held[t.dest][t.owner][rows] += counts
+            under_way = [mail for mail in under_way if mail[0] > slot]
             for plan in world.plans:
-                for t in plan.homes[slot]:
-                    if t.source == plan.rank:
-                        rows = sorted(rows_of(t.ranges))
-                        under_way.append((t, rows, held[t.source][t.owner][rows]))
-                        held[t.source][t.owner][rows] = 0
-            for t, rows, counts in under_way:
+                for post in plan.homes[slot]:
+                    for t in post.transfers:
+                        if t.source == plan.rank:
+                            rows = sorted(rows_of(t.ranges))
+                            under_way.append((plan.due(slot, post.step), t, rows, held[t.source][t.owner][rows]))
+                            held[t.source][t.owner][rows] = 0
+            for _, t, rows, counts in under_way if last else []:
                 held[t.dest][t.owner][rows] += counts
+        visible = world.visible.sum(axis=1 if world.turned else 0)
         for rank in range(n):
             for owner in range(n):
-                expected = world.visible[:, world.k_positions(owner)].sum(axis=0) if rank == owner else 0
+                expected = visible[world.travels(owner)] if rank == owner else 0
                 assert (held[rank][owner] == expected).all(), (rank, owner, repr(world.case))
 
 
@@ -302,6 +343,78 @@ def test_distant_chunks_of_a_window_are_neither_sent_nor_waited_for() -> None:
     world = World(Case(mask="causal(window=9)", layout="contiguous", schedule="ring", world=8, q_len=64, k_len=64))
     for plan in world.plans:
         assert plan.rows_received() == (8 if plan.rank else 0), "a window of chunk + 1 reaches one chunk back"
+
+
+def window_on_64(schedule: Schedule, rank: int = 5) -> Plan:
+    where = make_layout("zigzag", 1 << 20, 64)
+    return make_plan(PlanKey(Mask.causal(window=4096), where, where, schedule, 32, 8, rank))
+
+
+def test_ranks_do_not_walk_past_chunks_they_do_not_need() -> None:
+    """A zigzag rank's two pieces need one predecessor each: those of ranks 4 and 6, the second 63 hops away."""
+    ring = window_on_64(make_schedule("ring", 64))
+    assert [[chunk.owner for chunk in step.chunks] for step in ring.steps] == [[5], [4], [6]]
+    assert [[t.owner for t in post.transfers if t.dest == 5] for slot in ring.posts for post in slot] == [[4], [6]]
+    together = window_on_64(Schedule("staged", rows=98_304))
+    assert [[chunk.owner for chunk in step.chunks] for step in together.steps] == [[5], [4, 6]]
+    assert [len(slot) for slot in together.posts] == [1, 0], "all that is needed is posted before the local step"
+    assert {len(window_on_64(make_schedule("ring", 64), rank).steps) for rank in (0, 31, 63)} == {3}, "the same on all ranks"
+
+
+def test_stages_are_filled_by_rows() -> None:
+    where = make_layout("contiguous", 1 << 20, 64)
+    key = PlanKey(Mask.full(), where, where, Schedule("staged", rows=98_304), 8, 8, 0)
+    assert {len(step.chunks) for step in make_plan(key).steps[1:-1]} == {6}  # of 16,384 rows each
+
+
+CAUSAL = Mask.causal()
+DOUBLE = Schedule("double_ring", inner=2, pieces=2)
+
+
+def double_ring(schedule: Schedule, backward: bool, world: int = 6) -> Plan:
+    where = make_layout("contiguous", 48, world)
+    plan = make_plan(PlanKey(Mask.full(), where, where, schedule, 8, 2, 0))
+    return plan.backward() if backward else plan
+
+
+def test_slow_links_are_never_idle_in_a_forward_pass() -> None:
+    """A block of the far ring is posted when the one before has arrived, the first one at once."""
+    plan = double_ring(DOUBLE, backward=False)
+    assert [c.owner for step in plan.steps for c in step.chunks] == [0, 1, 1, 4, 5, 4, 5, 2, 3, 2, 3]
+    assert [n for n, far in enumerate(plan.far) if far] == [3, 5, 7, 9]
+    assert [slot for slot, posts in enumerate(plan.posts) for post in posts if plan.far[post.step]] == [0, 3, 5, 7]
+
+
+def test_gradients_cross_slow_links_while_the_next_block_is_computed() -> None:
+    """In a backward pass far blocks come first, so that the last gradients cross while neighbours' chunks are computed."""
+    plan = double_ring(DOUBLE, backward=True)
+    assert [c.owner for step in plan.steps for c in step.chunks] == [0, 4, 5, 4, 5, 2, 3, 2, 3, 1, 1]
+    leaves = [(slot, plan.due(slot, post.step)) for slot, posts in enumerate(plan.homes) for post in posts if plan.far[post.step]]
+    assert leaves == [(3, 5), (5, 7), (7, 9), (9, 11)]
+
+
+def test_chunks_of_a_double_ring_travel_in_pieces_of_many_rows() -> None:
+    for seqlen, pieces in ((4 * 8191, 1), (4 * 16384, 2), (1 << 20, 4)):
+        where = make_layout("contiguous", seqlen, 4)
+        plan = make_plan(PlanKey(Mask.full(), where, where, Schedule("double_ring", inner=2), 8, 2, 0))
+        assert len(plan.steps) == 1 + 3 * pieces
+
+
+def test_what_travels_is_what_is_fewer_bytes() -> None:
+    """Of 128 dims in 16 bits a row of a key head is 512 bytes and 1,024 home; of a query head 528, and 512 home."""
+
+    def travels(kv_heads: int, mask: Mask = CAUSAL, layout: str = "zigzag", lengths: tuple[int, int] = (64, 64)) -> str:
+        q_layout, k_layout = (make_layout(layout, n, 4) for n in lengths)
+        plan = make_plan(PlanKey(mask, q_layout, k_layout, make_schedule("ring", 4), 12, kv_heads, 0))
+        assert plan.key.travels == "kv", "forward passes move keys"
+        assert plan.backward(takes_delta=False).key.travels == "kv"
+        return plan.backward().key.travels
+
+    assert [travels(kv_heads) for kv_heads in (12, 6, 1)] == ["q", "kv", "kv"]
+    assert travels(1, Mask.full(), "contiguous", (4, 64)) == "q", "few queries to many keys"
+    assert travels(12, Mask.documents([16, 4, 44], causal=False), "contiguous") == "q"
+    # All see the keys of rank 0 alone: if queries came to them, it would compute everything.
+    assert travels(12, Mask.blocks(np.eye(4, dtype=bool)[[0] * 4], 16), "contiguous") == "kv"
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag", "balanced"])

@@ -91,6 +91,27 @@ def test_a_world_balanced_for_one_mask_computes_others() -> None:
         assert torch.allclose(out, dense_attention(inputs.q, inputs.k, inputs.v, visible)[0], rtol=1e-12, atol=1e-12)
 
 
+def test_queries_may_travel() -> None:
+    """In the backward pass, and whatever else is drawn: here where it is easy to get wrong."""
+    cases = [
+        Case(travels="q"),
+        Case(travels="q", dlse=False, dtype="float32", backend="cpu", heads=4, kv_heads=2),
+        Case(travels="q", dlse=False, dtype="bfloat16", head_dim=5, head_dim_v=3),
+        Case(travels="q", dlse=True, dtype="float16", head_dim=3, head_dim_v=9, backend="reference"),
+        Case(travels="q", head_dim=7, head_dim_v=2, batch=2, sinks=True, softcap=2.0, schedule="staged:2", world=6),
+        Case(travels="q", mask="dilated(3)", layout="striped", heads=6, kv_heads=3, schedule="hybrid", ulysses=2, sinks=True),
+        Case(travels="q", mask="dilated(3)", layout="contiguous", q_len=33, k_len=33, schedule="allgather"),
+        Case(travels="q", mask='blocks(["10", "00"], 16)', sinks=True),
+        Case(travels="q", q_len=5, k_len=64, mask="causal(window=17)", layout="contiguous"),
+        Case(travels="q", q_len=1, k_len=33, trim=False),
+        Case(travels="q", schedule="double_ring", inner=2, pieces=2, world=6, mask="causal(window=9)", layout="contiguous"),
+        Case(travels="q", world=8, q_len=3, k_len=3, deterministic=True),
+        Case(travels="q", world=1),
+    ]
+    wrong = objections_simulated(cases)
+    assert not wrong, "\n".join(wrong)
+
+
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_backends_by_name(backend: str) -> None:
     masks = ("causal()", "window(5, 3)", "documents([9, 0, 23])", "prefix(7)", "dilated(3)")

@@ -270,7 +270,7 @@ class Rank:
                     gpu.kernel(lambda leased=leased, n=n: leased.fill_(packed() + 1000 * n))  # type: ignore[misc]
                 receive()
                 sends, receives, additions = [], [], []
-                for t in plan.homes[n]:
+                for t in (t for post in plan.homes[n] for t in post.transfers):
                     if t.source == plan.rank:
                         chunk = next(c for c in step.chunks if c.owner == t.dest)
                         rows = sum(b - a for a, b in chunk.ranges)

@@ -8,34 +8,35 @@ caller compute meanwhile.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Protocol
+from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from ringflash.parallel.plan import Plan, Ranges, Transfer
+from ringflash.parallel import trace
+from ringflash.parallel.plan import ROW_TAIL, Plan, Post, Ranges, Transfer
 
 
 class TransportError(RuntimeError):
     """A rank died or stalled; names rank, step and peers."""
 
 
-@dataclass(frozen=True)
-class Label:
-    """What a post moves, for errors and logs. ``what``: "chunks", "gradients" or "heads"."""
+class Label(NamedTuple):
+    """What a post moves, for errors and logs. ``what``: "chunks", "gradients" or "heads". ``far``: over the slow links of a
+    double ring, where nothing on the fast ones should wait for it."""
 
     what: str
     step: int = 0
+    far: bool = False
 
     def __str__(self) -> str:
-        words = {"chunks": "keys and values", "gradients": "gradients of keys and values", "heads": "exchange of heads"}
+        words = {"chunks": "chunks", "gradients": "gradients of chunks", "heads": "exchange of heads"}
         return f"step {self.step}, {words[self.what]}"
 
 
-@dataclass(frozen=True)
-class Message:
+class Message(NamedTuple):
     """A contiguous tensor to send to, or to fill from, a rank of the group.
 
     ``row`` is for transports that pull: the row of the peer's leased buffer at which a receive begins.
@@ -68,7 +69,7 @@ class Transport(ABC):
     def open(self, what: str, plan: Plan, row: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
         """Begins a pass that will lease buffers of ``what`` ("chunks" or "gradients"); all ranks call it in the same order.
 
-        row: batch and width of a buffer's row, which has one entry per key head: (rows, batch, heads, width).
+        row: batch and width of a buffer's row, which has one entry per head that travels: (rows, batch, heads, width).
         """
 
     def lease(self, label: Label, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -83,101 +84,197 @@ class Transport(ABC):
         """
 
 
-class Stages:
-    """The stages of one pass: posts a plan's transfers slot by slot and hands out each step's keys and values.
+class Cargo:
+    """Tensors that travel side by side as one buffer, sequence first: (rows, B, heads, columns).
 
-    K and V travel as one buffer, sequence first: (S, B, Hkv, D + Dv). Any row range of it is contiguous, whatever the batch, so
-    nothing is packed per message, and half as many messages are sent. Kernels read it as strided views.
+    Any row range of it is contiguous, whatever the batch, so nothing is packed per message, and half as many messages are sent.
+    Kernels read it as strided views.
+
+    wide: (B, S, heads, width), of one dtype: K and V, or Q and dO. narrow: at most two (B, heads, S) of running state's dtype, at
+    the end of a row in ROW_TAIL bytes: rows stay aligned to 16 bytes where those of the wide ones alone are.
     """
 
-    def __init__(self, plan: Plan, transport: Transport, k: Tensor, v: Tensor) -> None:
+    def __init__(self, wide: Sequence[Tensor], narrow: Sequence[Tensor] = ()) -> None:
+        self.wide, self.narrow = tuple(wide), tuple(narrow)
+        self.own = (*self.wide, *self.narrow)
+        self.like = self.wide[0]
+        self.widths = [x.shape[3] for x in wide]
+        unit = ROW_TAIL // self.like.element_size()
+        self.base = -(-sum(self.widths) // unit) * unit if narrow else sum(self.widths)
+        self.columns = self.base + (unit if narrow else 0)
+
+    def shape(self, rows: int) -> tuple[int, int, int, int]:
+        """Of the buffer for so many rows."""
+        return rows, self.like.shape[0], self.like.shape[2], self.columns
+
+    def pack(self, buffer: Tensor) -> None:
+        """Fills the buffer of the own rows."""
+        columns = buffer[..., : sum(self.widths)] if self.narrow else buffer
+        torch.cat([x.transpose(0, 1) for x in self.wide], dim=-1, out=columns)
+        for i, x in enumerate(self.narrow):
+            self._tail(buffer, x.dtype)[..., i] = x.permute(2, 0, 1)
+
+    def unpack(self, buffer: Tensor) -> tuple[Tensor, ...]:
+        """The tensors of a buffer's rows, shaped as the own ones; wide ones as views."""
+        wide = buffer[..., : sum(self.widths)].transpose(0, 1).split(self.widths, dim=-1)
+        narrow = (self._tail(buffer, x.dtype)[..., i].permute(1, 2, 0).contiguous() for i, x in enumerate(self.narrow))
+        return (*wide, *narrow)
+
+    def _tail(self, buffer: Tensor, dtype: torch.dtype) -> Tensor:
+        return buffer[..., self.base :].view(dtype)
+
+
+class Leg(NamedTuple):
+    """One message of a post, with a rank of the group: rows of the buffer of ``step`` (0: the own chunk).
+
+    ``row``: for a receive by a transport that pulls, where it begins in the peer's buffer.
+    """
+
+    peer: int
+    step: int
+    start: int
+    stop: int
+    row: int = 0
+
+
+class Moves(NamedTuple):
+    """A post of one rank, resolved to buffers and rows. ``step`` as in plan.Post; ``due``: when what arrives is added."""
+
+    label: Label
+    sends: tuple[Leg, ...]
+    receives: tuple[Leg, ...]
+    due: int
+
+
+class Itinerary(NamedTuple):
+    """A plan's posts and homes by slot, resolved once; and the steps whose buffers nobody needs after a slot."""
+
+    posts: tuple[tuple[Moves, ...], ...]
+    homes: tuple[tuple[Moves, ...], ...]
+    stages_end: tuple[tuple[int, ...], ...]
+    gradients_end: tuple[tuple[int, ...], ...]
+
+
+@lru_cache(maxsize=1024)
+def itinerary(plan: Plan, pulls: bool = False) -> Itinerary:
+    """pulls: whether receives are told where their rows stand at the peer."""
+    posts = tuple(tuple(_moves(plan, "chunks", n, post, pulls) for post in slot) for n, slot in enumerate(plan.posts))
+    homes = tuple(tuple(_moves(plan, "gradients", n, post, pulls) for post in slot) for n, slot in enumerate(plan.homes))
+    stages, gradients = list(range(len(plan.steps))), list(range(len(plan.steps)))  # a stage is needed until it is computed
+    for last, slots in ((stages, posts), (gradients, homes)):
+        for n, slot in enumerate(slots):
+            for leg in (leg for moves in slot for leg in moves.sends):
+                last[leg.step] = max(last[leg.step], n)
+    ends = (
+        tuple(tuple(step for step, end in enumerate(last) if step and end == n) for n in range(len(plan.homes)))
+        for last in (stages, gradients)
+    )
+    return Itinerary(posts, homes, *ends)
+
+
+def _moves(plan: Plan, what: str, slot: int, post: Post, pulls: bool) -> Moves:
+    sends: list[Leg] = []
+    receives: list[Leg] = []
+    for t in post.transfers:
+        if t.source == plan.rank:
+            step, rows = place(plan, t, plan.rank)
+            sends += [Leg(plan.peer(t.dest), step, start, stop) for start, stop in rows]
+        else:
+            step, rows = place(plan, t, plan.rank)
+            there = [start for start, _ in place(plan, t, t.source)[1]] if pulls else [0] * len(rows)
+            receives += [Leg(plan.peer(t.source), step, *ab, row) for ab, row in zip(rows, there, strict=True)]
+    label = Label(what, post.step, plan.far[post.step])
+    return Moves(label, tuple(sends), tuple(receives), plan.due(slot, post.step))
+
+
+def place(plan: Plan, transfer: Transfer, rank: int) -> tuple[int, Ranges]:
+    """The step (0: the own chunk) in whose buffer a rank at an end of a transfer holds its ranges, and their rows there."""
+    if transfer.owner == rank:
+        return 0, transfer.ranges
+    steps = (plan if rank == plan.rank else plan.of_peer(rank)).steps
+    found = ((n, c) for n, s in enumerate(steps) for c in s.chunks if n and c[::2] == (transfer.owner, transfer.ranges))
+    step, chunk = next(found)
+    rows, offset = [], chunk.offset
+    for start, stop in chunk.ranges:
+        rows.append((offset, offset + stop - start))
+        offset += stop - start
+    return step, tuple(rows)
+
+
+class Stages:
+    """The stages of one pass: posts a plan's transfers slot by slot and hands out each step's tensors."""
+
+    def __init__(self, plan: Plan, transport: Transport, *wide: Tensor, narrow: Sequence[Tensor] = ()) -> None:
+        """wide, narrow: what travels, as Cargo takes it."""
         self.plan, self.transport = plan, transport
-        self.local = (k, v)
-        self.split = (k.shape[-1], v.shape[-1])
+        self.cargo = cargo = Cargo(wide, narrow)
+        self.itinerary = itinerary(plan, transport.pulls)
         self.packed: Tensor | None = None
         self.buffers: dict[int, Tensor] = {}  # by step
         self.pending: dict[int, Pending] = {}  # by the step that needs it
         if len(plan.steps) > 1:
-            transport.open("chunks", plan, (k.shape[0], sum(self.split)), k.dtype, k.device)
+            like = cargo.like
+            transport.open("chunks", plan, (like.shape[0], cargo.columns), like.dtype, like.device)
 
-    def _stage(self, step: int) -> Tensor:
+    def _buffer(self, step: int) -> Tensor:
+        if step == 0:
+            return self._own()
         if step not in self.buffers:
-            k = self.local[0]
-            shape = (self.plan.steps[step].rows, k.shape[0], k.shape[2], sum(self.split))
-            self.buffers[step] = k.new_empty(shape)
+            self.buffers[step] = self.cargo.like.new_empty(self.cargo.shape(self.plan.steps[step].rows))
         return self.buffers[step]
 
     def _own(self) -> Tensor:
         if self.packed is None:
-            k = self.local[0]
-            shape = (k.shape[1], k.shape[0], k.shape[2], sum(self.split))
-            self.packed = self.transport.lease(Label("chunks"), shape, k.dtype, k.device)
-            torch.cat([x.transpose(0, 1) for x in self.local], dim=-1, out=self.packed)
+            like = self.cargo.like
+            self.packed = self.transport.lease(Label("chunks"), self.cargo.shape(like.shape[1]), like.dtype, like.device)
+            trace.begin(trace.PACK)
+            self.cargo.pack(self.packed)
+            trace.end(trace.PACK)
         return self.packed
 
     def post(self, slot: int) -> None:
         """Posts what leaves and what is to arrive at this slot."""
-        for step, transfers in self.plan.posts[slot]:
-            sends: list[Message] = []
-            receives: list[Message] = []
-            for t in transfers:
-                if t.dest == self.plan.rank:
-                    receives += self._receives(t)
-                else:
-                    held = 0 if t.owner == self.plan.rank else _step_of(self.plan, t.owner)
-                    buffer = self._stage(held) if held else self._own()
-                    sends += _messages(self.plan, t.dest, buffer, place(self.plan, held, t))
-            if transfers or self.transport.collective:
-                self.pending[step] = self.transport.post(Label("chunks", step), sends, receives)
+        for label, sends, receives, _ in self.itinerary.posts[slot]:
+            if sends or receives or self.transport.collective:
+                arriving = _messages(self._buffer, receives)
+                self.pending[label.step] = self.transport.post(label, _messages(self._buffer, sends), arriving)
 
-    def _receives(self, t: Transfer) -> list[Message]:
-        messages = _messages(self.plan, t.source, self._stage(t.step), place(self.plan, t.step, t))
-        if not self.transport.pulls:
-            return messages
-        there = self.plan.of_peer(t.source)
-        rows = place(there, 0 if t.owner == t.source else _step_of(there, t.owner), t)
-        return [replace(m, row=start) for m, (start, _) in zip(messages, rows, strict=True)]
-
-    def arrive(self, step: int) -> tuple[Tensor, Tensor]:
-        """K and V of a step's stage, (B, rows, Hkv, D or Dv): views of the arrived buffer, or for step 0 the local tensors."""
+    def arrive(self, step: int) -> tuple[Tensor, ...]:
+        """The tensors of a step's stage, views of the arrived buffer; for step 0 the local ones."""
         if step == 0:
-            return self.local
+            return self.cargo.own
         if step in self.pending:
             self.pending.pop(step).wait()
-        k, v = self._stage(step).transpose(0, 1).split(self.split, dim=-1)
-        return k, v
+        return self.cargo.unpack(self._buffer(step))
 
-    def release(self, step: int) -> None:
-        """Forgets a stage's buffer unless it is still to be passed on."""
-        passed_on = any(
-            t.source == self.plan.rank and t.owner != self.plan.rank and _step_of(self.plan, t.owner) == step
-            for slot in self.plan.posts[step + 1 :]
-            for post in slot
-            for t in post.transfers
-        )
-        if not passed_on:
+    def release(self, slot: int) -> None:
+        """Forgets the buffers that are neither computed on nor passed on after this slot."""
+        for step in self.itinerary.stages_end[slot]:
             self.buffers.pop(step, None)
 
     def finish(self) -> None:
         """Waits for whatever is still under way: sends whose step this rank has nothing to compute in."""
+        trace.begin(trace.WAIT, -1)
         for step in sorted(self.pending):
             self.pending.pop(step).wait()
+        trace.end(trace.WAIT, -1)
 
 
 class Homecoming:
-    """Brings dK and dV of every stage home to their owners, in float32, as one buffer (S, B, Hkv, D + Dv) a chunk."""
+    """Brings the gradients of every stage home to their owners, in running state's dtype, as one buffer a stage: (rows, B, heads,
+    columns), the tensors of ``widths`` side by side."""
 
-    def __init__(self, plan: Plan, transport: Transport, k: Tensor, v: Tensor, dtype: torch.dtype) -> None:
-        self.plan, self.transport = plan, transport
-        self.shape = (k.shape[0], k.shape[2], k.shape[3] + v.shape[3])
-        self.split = (k.shape[3], v.shape[3])
-        self.dtype, self.device = dtype, k.device
+    def __init__(self, plan: Plan, transport: Transport, like: Tensor, widths: Sequence[int], dtype: torch.dtype) -> None:
+        self.plan, self.transport, self.widths = plan, transport, list(widths)
+        self.itinerary = itinerary(plan, transport.pulls)
+        self.shape = (like.shape[0], like.shape[2], sum(widths))
+        self.dtype, self.device = dtype, like.device
         self.buffers: dict[int, Tensor] = {}  # by step; 0 is the own chunk
-        self.arriving: list[tuple[Pending, list[tuple[Tensor, Tensor]]]] = []
+        self.arriving: list[tuple[int, Pending, list[tuple[Tensor, Tensor]]]] = []  # due, and what is added to what
         if len(plan.steps) > 1:
-            transport.open("gradients", plan, (k.shape[0], sum(self.split)), dtype, self.device)
+            transport.open("gradients", plan, (like.shape[0], sum(widths)), dtype, self.device)
 
-    def _stage(self, step: int) -> Tensor:
+    def _buffer(self, step: int) -> Tensor:
         if step not in self.buffers:
             shape = (self.plan.steps[step].rows, *self.shape)
             if step:  # leaves for its owners
@@ -186,68 +283,37 @@ class Homecoming:
                 self.buffers[step] = torch.zeros(shape, dtype=self.dtype, device=self.device)
         return self.buffers[step]
 
-    def gradients(self, step: int) -> tuple[Tensor, Tensor]:
-        """dK and dV of a stage to add into: (B, rows, Hkv, D or Dv) views of the stage's buffer."""
-        dk, dv = self._stage(step).transpose(0, 1).split(self.split, dim=-1)
-        return dk, dv
+    def gradients(self, step: int) -> tuple[Tensor, ...]:
+        """The gradients of a stage to add into: (B, rows, heads, width) views of the stage's buffer."""
+        return tuple(self._buffer(step).transpose(0, 1).split(self.widths, dim=-1))
 
-    def receive(self) -> None:
-        """Waits for what was posted last and adds it to the chunks it belongs to, in a fixed order."""
-        for pending, additions in self.arriving:
+    def receive(self, slot: int | None = None) -> None:
+        """Waits for what is due by a slot (None: for all) and adds it to the chunks it belongs to, in a fixed order."""
+        due = [mail for mail in self.arriving if slot is None or mail[0] <= slot]
+        self.arriving = [mail for mail in self.arriving if slot is not None and mail[0] > slot]
+        for n, pending, additions in due:
+            trace.begin(trace.WAIT, n, peer=-1)
             pending.wait()
+            trace.end(trace.WAIT, n, peer=-1)
+            trace.begin(trace.ADD, n)
             for target, source in additions:
                 target.add_(source)
-        self.arriving.clear()
+            trace.end(trace.ADD, n)
 
     def post(self, slot: int) -> None:
         """Posts the gradients that leave at this slot, and the receives of what others send now."""
-        transfers = self.plan.homes[slot]
-        if not transfers and not (slot and self.transport.collective):
-            return
-        sends: list[Message] = []
-        receives: list[Message] = []
-        additions = []
-        for t in transfers:
-            step = 0 if t.owner == self.plan.rank else _step_of(self.plan, t.owner)
-            rows = place(self.plan, step, t)
-            if t.source == self.plan.rank:
-                sends += _messages(self.plan, t.dest, self._stage(step), rows)
-            else:
-                there = place(self.plan.of_peer(t.source), t.step, t) if self.transport.pulls else rows
-                for (start, stop), (row, _) in zip(rows, there, strict=True):
-                    target = self._stage(step)[start:stop]
-                    source = torch.empty_like(target)
-                    receives.append(Message(self.plan.peer(t.source), source, row))
-                    additions.append((target, source))
-        self.arriving.append((self.transport.post(Label("gradients", slot), sends, receives), additions))
+        for label, sends, receives, due in self.itinerary.homes[slot]:
+            if sends or receives or self.transport.collective:
+                targets = [message.tensor for message in _messages(self._buffer, receives)]
+                additions = [(target, torch.empty_like(target)) for target in targets]
+                arriving = [Message(leg.peer, mail, leg.row) for leg, (_, mail) in zip(receives, additions, strict=True)]
+                self.arriving.append((due, self.transport.post(label, _messages(self._buffer, sends), arriving), additions))
 
-    def release(self, step: int) -> None:
-        """Forgets a stage's gradients once they have left (the transport keeps what it still sends)."""
-        if step and not any(t.owner in _owners(self.plan, step) for slot in self.plan.homes[step + 1 :] for t in slot):
+    def release(self, slot: int) -> None:
+        """Forgets the gradients that have left by this slot (the transport keeps what it still sends)."""
+        for step in self.itinerary.gradients_end[slot]:
             self.buffers.pop(step, None)
 
 
-def place(plan: Plan, step: int, transfer: Transfer) -> Ranges:
-    """Rows of a step's buffer (0: the own chunk) where a transfer's ranges stand."""
-    if step == 0:
-        return transfer.ranges
-    chunk = next(c for c in plan.steps[step].chunks if c.owner == transfer.owner)
-    rows, offset = [], chunk.offset
-    for start, stop in chunk.ranges:
-        rows.append((offset, offset + stop - start))
-        offset += stop - start
-    assert chunk.ranges == transfer.ranges
-    return tuple(rows)
-
-
-def _messages(plan: Plan, rank: int, buffer: Tensor, rows: Ranges) -> list[Message]:
-    return [Message(plan.peer(rank), buffer[start:stop]) for start, stop in rows]
-
-
-def _owners(plan: Plan, step: int) -> set[int]:
-    return {chunk.owner for chunk in plan.steps[step].chunks}
-
-
-def _step_of(plan: Plan, owner: int) -> int:
-    """The step in which this rank computes an owner's chunk."""
-    return next(n for n, step in enumerate(plan.steps) if n and owner in _owners(plan, n))
+def _messages(buffer: Callable[[int], Tensor], legs: Iterable[Leg]) -> list[Message]:
+    return [Message(leg.peer, buffer(leg.step)[leg.start : leg.stop], leg.row) for leg in legs]

@@ -6,10 +6,20 @@ import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 
 from ringflash.parallel.transport import Label, Message, Pending, Transport, TransportError
 from ringflash.parallel.watchdog import reached, watch
+
+
+def second_group(group: dist.ProcessGroup, device: torch.device) -> dist.ProcessGroup:
+    """Another group of the same ranks, with connections of its own. All of them must call it together."""
+    found = dist.new_group(dist.get_process_group_ranks(group), use_local_synchronization=True)
+    assert isinstance(found, dist.ProcessGroup)
+    if device.type == "cuda":  # NCCL sets up its rings in the first collective of a group, and needs all ranks there
+        dist.all_reduce(torch.zeros(1, device=device), group=found)
+    return found
 
 
 class P2P(Transport):
@@ -17,18 +27,28 @@ class P2P(Transport):
 
     timeout_s   how long a peer may keep silent before TransportError.
     ask         what a silent peer last said about itself (see agree.py), for the error's text.
+    far         a second group of the same ranks, for what crosses slow links: NCCL moves what is posted to one group in order,
+                so there everything after a slow transfer would wait for it.
     """
 
     name = "p2p"
 
-    def __init__(self, group: dist.ProcessGroup, timeout_s: float, ask: Callable[[int], str] = lambda peer: "") -> None:
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        timeout_s: float,
+        ask: Callable[[int], str] = lambda peer: "",
+        far: dist.ProcessGroup | None = None,
+    ) -> None:
         self.group, self.timeout_s, self.ask = group, timeout_s, ask
+        self.far = group if far is None else far
         self.rank = dist.get_rank(group)
 
     def post(self, label: Label, sends: Sequence[Message], receives: Sequence[Message]) -> Pending:
         # Pairs must list their messages in the same order on both sides; across pairs any order will do.
-        ops = [dist.P2POp(dist.isend, m.tensor, group=self.group, group_peer=m.peer) for m in sends]
-        ops += [dist.P2POp(dist.irecv, m.tensor, group=self.group, group_peer=m.peer) for m in receives]
+        group = self.far if label.far else self.group
+        ops = [dist.P2POp(dist.isend, m.tensor, group=group, group_peer=m.peer) for m in sends]
+        ops += [dist.P2POp(dist.irecv, m.tensor, group=group, group_peer=m.peer) for m in receives]
         if not ops:
             return Works(self, label, [], [], [])
         peers = [m.peer for m in (*sends, *receives)]
@@ -62,7 +82,7 @@ class Works:
             except RuntimeError as error:
                 raise failure(t.rank, self.label, peers, t.timeout_s, time.monotonic() - begin, error, t.ask) from error
         if begun is not None:
-            watch(t.group, t.rank, self.label, sorted(set(self.peers)), t.timeout_s, begun)
+            watch(t.far if self.label.far else t.group, t.rank, self.label, sorted(set(self.peers)), t.timeout_s, begun)
         self.works, self.tensors = [], []
 
 

@@ -324,11 +324,8 @@ class _Pull:
 def buffer_bytes(plan: Plan, what: str, row: tuple[int, int], itemsize: int) -> int:
     """Bytes of one of the two buffers of a kind, the same on all ranks: the longest chunk, or the longest remote stage.
 
-    row: batch and width of a row, which has one entry per key head.
+    row: batch and width of a row, which has one entry per head that travels.
     """
-    if what == "chunks":
-        rows = max(plan.key.k_layout.merged(plan.key.schedule.ulysses).lengths)
-    else:
-        rows = max((step.rows for rank in range(plan.rings) for step in plan.of_peer(rank).steps[1:]), default=0)
-    heads = max(len(s.k_index) if s.k_index is not None else s.k1 - s.k0 for s in plan.shares)
+    rows = plan.longest_chunk() if what == "chunks" else plan.longest_stage()
+    heads = plan.most_heads()
     return -(-rows * row[0] * heads * row[1] * itemsize // 1024) * 1024

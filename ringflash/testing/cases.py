@@ -18,7 +18,7 @@ import torch
 
 from ringflash.mask import Mask
 from ringflash.parallel.layout import Layout
-from ringflash.parallel.plan import MAX_GAP
+from ringflash.parallel.plan import MAX_GAP, Schedule, make_schedule
 
 LAYOUTS = ("contiguous", "zigzag", "striped", "balanced", "scattered")
 """The named layouts, and runs of any length given to any rank."""
@@ -62,6 +62,9 @@ class Case:
     inner: int | None = None
     trim: bool = True
     max_gap: int = MAX_GAP
+    travels: str = "auto"
+    pieces: int = 0
+    stage_rows: int = 0
     q_len: int = 32
     k_len: int = 32
     batch: int = 1
@@ -94,6 +97,13 @@ class Case:
         mask = read_mask(self.mask)
         assert isinstance(mask, Mask)
         return mask
+
+    def build_schedule(self) -> str | Schedule:
+        """What ContextParallel takes: a name, or with words that a name does not tell a Schedule."""
+        if (self.travels, self.pieces, self.stage_rows) == ("auto", 0, 0):
+            return self.schedule
+        schedule = make_schedule(self.schedule, self.world, self.ulysses, self.inner)
+        return replace(schedule, travels=self.travels, pieces=self.pieces, rows=self.stage_rows)
 
     def build_layout(self) -> str | Layout:
         """What ContextParallel takes: a name, or for "scattered" runs drawn from the seed."""
@@ -145,6 +155,7 @@ def draw(seed: int, *, worlds: Sequence[int] = (1, 2, 3, 4, 5, 6, 7, 8), max_len
     group = d.one_of([1, 1, 2, 3, 4])
     kv_heads = d.one_of([1, 1, 2, 2, 3, 4])
     head_dim = d.one_of([8, 16, 24])
+    more = Drawing(seed + (1 << 32))  # words that came later: the others are drawn as ever
     return Case(
         mask=mask,
         layout=layout,
@@ -154,6 +165,9 @@ def draw(seed: int, *, worlds: Sequence[int] = (1, 2, 3, 4, 5, 6, 7, 8), max_len
         inner=inner,
         trim=not d.chance(0.1),
         max_gap=d.one_of([0, 1, MAX_GAP]),
+        travels=more.one_of(["auto", "kv", "q", "q"]),
+        pieces=more.one_of([0, 0, 1, 2, 3]),
+        stage_rows=more.one_of([0, 0, 0, 1, 9, 1000]),
         q_len=q_len,
         k_len=k_len,
         batch=d.one_of([1, 1, 2]),

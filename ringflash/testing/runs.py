@@ -22,6 +22,7 @@ from ringflash.testing.tolerance import Judge
 def judge_of(case: Case) -> Judge:
     """The oracle's results of a case, and what deviation is fair: the same however the sequence is cut and moved."""
     whole = replace(case, layout="zigzag", schedule="ring", transport="auto", world=1, ulysses=1, inner=None)
+    whole = replace(whole, travels="auto", pieces=0, stage_rows=0)
     return _judge(replace(whole, trim=True, max_gap=0, backend="auto", deterministic=False))
 
 
@@ -35,7 +36,7 @@ def simulate(case: Case, inputs: Inputs | None = None) -> Results:
     """Results of a case by a simulated world. inputs: whole tensors to use in place of the case's own."""
     inputs = make_inputs(case) if inputs is None else inputs
     mask = case.build_mask()
-    world = SimulatedWorld(case.world, case.build_layout(), case.schedule, ulysses=case.ulysses, inner=case.inner)
+    world = SimulatedWorld(case.world, case.build_layout(), case.build_schedule(), ulysses=case.ulysses, inner=case.inner)
     world.trim, world.max_gap = case.trim, case.max_gap
     leaves = _leaves(inputs)
     out, lse = world.for_mask(mask).attention(
@@ -60,7 +61,7 @@ def run_on_rank(rank: int, case: Case, device: str = "cpu", timeout_s: float = 6
     cp = ContextParallel(
         None,
         case.build_layout(),
-        case.schedule,
+        case.build_schedule(),
         ulysses=case.ulysses,
         inner=case.inner,
         transport=case.transport,
