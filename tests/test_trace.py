@@ -9,7 +9,7 @@ import torch
 
 import ringflash as rf
 from ringflash.parallel import trace
-from ringflash.parallel.trace import CHUNKS, COMPUTE, COPY, FORWARD, WAIT, Span
+from ringflash.parallel.trace import BACKWARD, CHUNKS, COMPUTE, COPY, FORWARD, WAIT, Span
 from ringflash.testing.rank_pool import RankPool
 
 
@@ -45,6 +45,9 @@ def record_a_pass(rank: int, schedule: str) -> list[Span]:
 def test_a_pass_marks_every_kernel_and_every_wait(ranks: Callable[[int], RankPool], schedule: str, steps: int) -> None:
     for spans in ranks(4).run(record_a_pass, schedule):
         compute = [s for s in spans if s.lane == COMPUTE]
-        assert [s.step for s in compute if s.what == FORWARD] == list(range(steps))
+        for what in (FORWARD, BACKWARD):
+            assert [s.step for s in compute if s.what == what] == list(range(steps))
         assert {s.step for s in compute if s.what == WAIT} >= set(range(1, steps))
+        last_forward = max(s.stop for s in compute if s.what == FORWARD)
+        assert last_forward <= min(s.start for s in compute if s.what == BACKWARD)
         assert all(s.ms >= 0 for s in spans)
