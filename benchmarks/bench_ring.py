@@ -33,7 +33,7 @@ from benchmarks import baselines, plots
 from benchmarks.rows import Percentiles, append, commit, percentiles
 from benchmarks.works import WORKS, Work, least_rows, pairs
 from ringflash.parallel import trace
-from ringflash.parallel.plan import Plan
+from ringflash.parallel.plan import Plan, row_bytes
 
 GIB = 2**30
 PASSES = ("forward", "both")
@@ -78,6 +78,10 @@ class Row:
     """Key rows that reach some rank in a forward pass, by the plan."""
     rows_least: int | None = None
     """Key rows that must reach some rank with this layout: see `works.least_rows`."""
+    gib_moved: float | None = None
+    """On all wires together in forward + backward, by the plan."""
+    gib_least: float | None = None
+    """With the least key rows: K and V twice, and their gradients in float32 once."""
 
 
 class System:
@@ -150,6 +154,14 @@ def budget(plan: Plan, head_dim: int, dtype_bytes: int) -> int:
     return 2 * tensors + 2 * max((step.rows for step in plan.steps[1:]), default=0) * kv_row
 
 
+def wire_bytes(plan: Plan, rows: int, head_dim: int, dtype_bytes: int) -> tuple[int, int]:
+    """Bytes that reach this rank in forward + backward by the plan; and what so many key rows take, K and V travelling."""
+    back = plan.backward(head_dim, head_dim, dtype_bytes)
+    kv = row_bytes(plan, "kv", head_dim, head_dim, dtype_bytes)
+    what = row_bytes(plan, back.key.travels, head_dim, head_dim, dtype_bytes)
+    return plan.rows_received() * kv.out + back.rows_received() * (what.out + what.home), rows * (2 * kv.out + kv.home)
+
+
 def reading(run: Callable[[], None], repeats: int) -> float:
     """Milliseconds of one run: the slowest rank's mean over the repeats."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -216,6 +228,8 @@ def measure(
             row.budget_gib = round(_slowest(budget(system.plan, cfg.head_dim, system.q.element_size()) / GIB), 2)
             row.rows_moved = _everywhere(system.plan.rows_received())
             row.rows_least = least_rows(work.mask(), system.plan.key.k_layout)
+            moved, least = wire_bytes(system.plan, row.rows_least, cfg.head_dim, system.q.element_size())
+            row.gib_moved, row.gib_least = round(_everywhere(moved) / GIB, 4), round(least / GIB, 4)
             if not work.long and not spans:
                 spans, row.forward_exposed_ms, row.backward_exposed_ms = recorded(system, work.name)
     compare(rows)
@@ -287,7 +301,7 @@ def summary(rows: Sequence[Row]) -> list[str]:
         peers = [p for p in rows if p.work == r.work and p.system.partition("_")[0] not in ("single", "ringflash")]
         best = max(peers, key=lambda p: p.both_tflops).system if peers else "no peer"
         exposed = "" if r.forward_exposed_ms is None else f", waits {r.forward_exposed_ms:.2f} / {r.backward_exposed_ms:.2f} ms"
-        moved = f", rows moved {r.rows_moved / r.rows_least:.3f} x the least" if r.rows_moved and r.rows_least else ""
+        moved = f", moved {r.gib_moved / r.gib_least:.3f} x the least bytes" if r.gib_moved and r.gib_least else ""
         lines.append(
             f"{r.work:15} {r.system:12} of single {r.forward_ratio} / {r.both_ratio}, "
             f"x best peer {r.forward_over_peer} / {r.both_over_peer} ({best}), "

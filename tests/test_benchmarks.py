@@ -83,6 +83,16 @@ def test_the_window_work_moves_the_least() -> None:
     assert works.least_rows(work.mask(), plans[0].key.k_layout) == 3 * 4095 <= moved <= 1.2 * 3 * 4095
 
 
+def test_bytes_on_the_wire() -> None:
+    world = SimulatedWorld(4, "contiguous", "ring")
+    plans = [world.plan(rank, Mask.full(), 4096, 4096, 8, 2) for rank in range(4)]
+    rows = works.least_rows(Mask.full(), plans[0].key.k_layout)
+    found = [bench_ring.wire_bytes(plan, rows, 64, 2) for plan in plans]
+    row = 2 * 2 * 64  # K and V of 2 heads, elements
+    assert {least for _, least in found} == {rows * row * (2 + 2 + 4)}
+    assert sum(moved for moved, _ in found) == rows * row * (2 + 2 + 4)
+
+
 def test_the_memory_budget_counts_tensors_and_two_stages() -> None:
     plan = SimulatedWorld(4, "zigzag", "ring").plan(0, Mask.causal(), 4096, 4096, 8, 2)
     n, d = 1024, 64
