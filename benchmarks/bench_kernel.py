@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 from benchmarks import baselines, plots
-from benchmarks.rows import Percentiles, append, commit, percentiles, summary
+from benchmarks.rows import Percentiles, append, commit, percentiles, rotated, summary
 from benchmarks.works import lognormal
 from ringflash.kernels import hopper, hopper_backward
 from ringflash.slices import UNBOUNDED, Slices
@@ -420,9 +420,10 @@ def read(runs: dict[str, Run], cfg: DictConfig) -> dict[str, list[float]]:
         if time.monotonic() - begin >= cfg.warm_s:
             break
     found: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(cfg.rounds):
-        for name, run in runs.items():
-            found[name].append(run.ms(calls[name]))
+    names = list(runs)
+    for first in range(cfg.rounds):
+        for name in rotated(names, first):  # nobody always runs after the same neighbour
+            found[name].append(runs[name].ms(calls[name]))
     return found
 
 

@@ -30,7 +30,7 @@ from omegaconf import DictConfig
 
 import ringflash as rf
 from benchmarks import baselines, plots
-from benchmarks.rows import Percentiles, append, commit, percentiles
+from benchmarks.rows import Percentiles, append, commit, percentiles, rotated
 from benchmarks.works import WORKS, Work, least_rows, pairs
 from ringflash.parallel import trace
 from ringflash.parallel.plan import Plan, row_bytes
@@ -217,8 +217,8 @@ def measure(
         for system in systems:
             for run in PASSES:
                 reading(getattr(system, run), repeats[system.name, run])
-    for _ in range(rounds):
-        for system in systems:
+    for first in range(rounds):
+        for system in rotated(systems, first):
             for run in PASSES:
                 system.ms[run].append(reading(getattr(system, run), repeats.get((system.name, run), 1)))
     rows = [row_of(system, work, cfg) for system in systems]

@@ -9,8 +9,9 @@ import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+T = TypeVar("T")
 Percentiles = tuple[float, float, float]
 
 
@@ -40,6 +41,12 @@ def append(path: Path, rows: Iterable[Any]) -> None:
 
 def load(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+
+
+def rotated(items: Sequence[T], first: int) -> list[T]:
+    """All items in their order, round and round, beginning with another one for every ``first``."""
+    at = first % max(1, len(items))
+    return [*items[at:], *items[:at]]
 
 
 def geometric_mean(values: Sequence[float]) -> float:

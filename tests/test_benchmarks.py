@@ -37,6 +37,11 @@ def test_percentiles_and_summary() -> None:
     assert text == "geometric mean 1.000, worst 0.500 (b), 2 of 3 at 1 or above"
 
 
+def test_turns_begin_with_another_one_every_round() -> None:
+    assert [rows.rotated("abc", n) for n in range(4)] == [list("abc"), list("bca"), list("cab"), list("abc")]
+    assert rows.rotated([], 3) == []
+
+
 def test_the_commit_given_goes_first() -> None:
     assert rows.commit("abc1234") == "abc1234"
     assert rows.commit() != ""
