@@ -116,6 +116,20 @@ def test_document_border_is_one_pass() -> None:
     assert tiles.forward_table(slices, 128, 128, 128, 128).tiles == 1
 
 
+@pytest.mark.parametrize(
+    ("rows", "even"),
+    [
+        ([(0, 512, 0, 640, -OPEN, OPEN)], True),
+        ([(0, 512, 0, 512, -OPEN, 0)], False),
+        ([(0, 128, 0, 640, -OPEN, OPEN)], False),
+        ([], True),
+    ],
+    ids=["full", "causal", "empty tiles", "nothing"],
+)
+def test_even_tables_are_known(rows: list[tuple[int, ...]], even: bool) -> None:
+    assert tiles.forward_table(Slices.from_rows(rows), 512, 640, 128, 128).even is even
+
+
 @settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_random_tables(data: st.DataObject) -> None:

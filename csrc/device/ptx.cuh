@@ -25,6 +25,13 @@ __device__ __forceinline__ void mbarrier_init_fence() { asm volatile("fence.mbar
 __device__ __forceinline__ void mbarrier_arrive(uint64_t* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
+/// Arrives if `really`: a predicated instruction, not a branch, so that ptxas still knows the loop around it to be uniform.
+__device__ __forceinline__ void mbarrier_arrive_if(bool really, uint64_t* barrier) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %1, 0;\n@p mbarrier.arrive.shared::cta.b64 _, [%0];\n}" ::"r"(shared_address(barrier)),
+      "r"(static_cast<int>(really))
+      : "memory");
+}
 /// Arrives and announces `bytes` of bulk copies; bytes that a copy fills with zeros out of bounds count too.
 __device__ __forceinline__ void mbarrier_arrive_expect(uint64_t* barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
@@ -51,7 +58,8 @@ __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity
 }
 
 // ------------------------------------------------------------------------------------------- named barriers
-// 16 per CTA, 0 is __syncthreads. Ids are template arguments: with a run-time id ptxas reserves all of them.
+// 16 per CTA, 0 is __syncthreads. Ids are template arguments: with a run-time id ptxas reserves all of them. That is harmless
+// where there is one CTA on a multiprocessor anyway, and one instruction instead of one per id under a predicate.
 
 template <int Id, int Threads>
 __device__ __forceinline__ void barrier_sync() {
@@ -60,6 +68,15 @@ __device__ __forceinline__ void barrier_sync() {
 template <int Id, int Threads>
 __device__ __forceinline__ void barrier_arrive() {
   asm volatile("bar.arrive %0, %1;" ::"n"(Id), "n"(Threads) : "memory");
+}
+
+template <int Threads>
+__device__ __forceinline__ void barrier_sync(int id) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(Threads) : "memory");
+}
+template <int Threads>
+__device__ __forceinline__ void barrier_arrive(int id) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "n"(Threads) : "memory");
 }
 
 // ---------------------------------------------------------------------------------- fences, register budgets

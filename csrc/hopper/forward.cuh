@@ -4,7 +4,9 @@
 // warp: it claims items (longest first), copies Q, K and V tiles into shared memory and, for a masked tile, writes each row's
 // interval of visible columns beside K. The other warpgroups own 64 rows each and never meet a Slice. Their step computes S(i) =
 // Q K(i)^T beside O += P(i-1) V(i-1), so that the tensor cores work while the exponentials of S(i) are formed (FlashAttention-3,
-// section 3.2); across the end of an item too: the next item's first S rides with this one's last PV.
+// section 3.2); across the end of an item too: the next item's first S rides with this one's last PV. So Q must be there early:
+// head dims up to 128 have two buffers of it; above, each warpgroup gives its rows of the one buffer back as soon as its last S
+// is done.
 //
 // A running result (out, lse) is an online-softmax state (accumulator = out, max = lse, sum = 1). Continuing is loading it.
 #pragma once
@@ -31,14 +33,14 @@ constexpr int kWords = 16, kExtraWords = 8;
 struct ForwardParams {
   void* out;
   float* acc;
-  const float* lse_in;
+  const float* lse_in;  // nullptr: start from nothing
   float* lse;
   const int32_t *items, *runs, *extra;
   int32_t* counter;
   RfStrides out_strides, acc_strides, lse_in_strides, lse_strides;
   int q_tiles, q_len, head_dim_v;
   uint32_t heads, heads_per_kv_head, batch_heads, heads_per_group, items_in_all;
-  bool carry, finish;
+  bool carry, finish;     // acc is read; out is written rather than acc
   float scale_log2;       // scores are multiplied by this and exponentiated to base 2
   float two_log2e_scale;  // with softcap: 2 log2(e) scale / softcap
 };
@@ -62,8 +64,8 @@ struct __align__(1024) ForwardShared {
   uint16_t v[Tile::kVStages][Tile::kPanelsV * Tile::kKeys * 64];
   uint16_t out[Tile::kStagedStore ? Tile::kPanelsV * Tile::kRows * 64 : 8];
   Interval intervals[kIntervals][Tile::kRows];  // of masked tiles
-  Item item[Tile::kQStages];
-  uint64_t q_ready[Tile::kQStages], q_free[Tile::kQStages];
+  Item item[Tile::kQStages][Tile::kQParts];
+  uint64_t q_ready[Tile::kQStages][Tile::kQParts], q_free[Tile::kQStages][Tile::kQParts];
   uint64_t k_ready[Tile::kKStages], k_free[Tile::kKStages];
   uint64_t v_ready[Tile::kVStages], v_free[Tile::kVStages];
   uint64_t intervals_ready[kIntervals], intervals_free[kIntervals];
@@ -82,27 +84,14 @@ struct Ring {
   }
 };
 
-/// Named barriers of the warpgroups' turns: 1 + warpgroup.
-template <int Consumers>
-__device__ __forceinline__ void take_turn(int w) {
-  if (w == 0) ptx::barrier_sync<1, 256>();
-  if (w == 1) ptx::barrier_sync<2, 256>();
-  if (Consumers > 2 && w == 2) ptx::barrier_sync<3, 256>();
-}
-template <int Consumers>
-__device__ __forceinline__ void give_turn(int w) {
-  if (w == 0) ptx::barrier_arrive<2, 256>();
-  if (w == 1) ptx::barrier_arrive<Consumers == 2 ? 1 : 3, 256>();
-  if (Consumers > 2 && w == 2) ptx::barrier_arrive<1, 256>();
-}
-
 // ------------------------------------------------------------------------------------------------- producer
 
 template <class Tile>
 __device__ __forceinline__ void produce(ForwardShared<Tile>& s, const CUtensorMap* q_map, const CUtensorMap* k_map,
                                         const CUtensorMap* v_map, const CUtensorMap* acc_map, const ForwardParams& p) {
   using namespace record;
-  constexpr int kRows = Tile::kRows, kKeys = Tile::kKeys;
+  constexpr int kRows = Tile::kRows, kKeys = Tile::kKeys, kPartRows = kRows / Tile::kQParts;
+  constexpr bool kKeysFirst = Tile::kQStages == 1;  // of an item, while its Q waits for the one buffer
   const int lane = threadIdx.x % 32;
   Ring<Tile::kQStages> q{0, 1};
   Ring<Tile::kKStages> k{0, 1};
@@ -131,16 +120,32 @@ __device__ __forceinline__ void produce(ForwardShared<Tile>& s, const CUtensorMa
     const uint32_t kv_place = h / p.heads_per_kv_head | b << 16;
     const int q_tile = word(rec, kQTile), tiles = word(rec, kTiles), run_end = word(rec, kRunEnd),
               masked = word(rec, kMaskedTiles);
-    ptx::mbarrier_wait(&s.q_free[q.at], q.parity);
-    if (lane == 0) {
-      s.item[q.at] = {q_tile, h | (b << 16), tiles, masked};
-      ptx::mbarrier_arrive_expect(&s.q_ready[q.at], sizeof(s.q[0]));
+    const auto load_k = [&](int tile) {
+      ptx::mbarrier_wait(&s.k_free[k.at], k.parity);
+      if (lane == 0) {
+        ptx::mbarrier_arrive_expect(&s.k_ready[k.at], sizeof(s.k[0]));
 #pragma unroll
-      for (int c = 0; c < Tile::kPanels; c++)
-        ptx::tensor_load(s.q[q.at] + c * kRows * 64, q_map, &s.q_ready[q.at], c * 64, q_tile * kRows, h, b, ptx::kEvictFirst);
-      if (p.carry)  // the running output on its way to L2
-        for (int c = 0; c < p.head_dim_v; c += 32) ptx::tensor_prefetch(acc_map, c, q_tile * kRows, h, b);
+        for (int c = 0; c < Tile::kPanels; c++)
+          ptx::tensor_load(s.k[k.at] + c * kKeys * 64, k_map, &s.k_ready[k.at], c * 64, tile * kKeys, kv_place & 0xffff,
+                           kv_place >> 16, ptx::kEvictLast);
+      }
+    };
+    if (kKeysFirst && tiles > 0) load_k(word(rec, kKeyTile));
+#pragma unroll
+    for (int part = 0; part < Tile::kQParts; part++) {
+      const int row = part * kPartRows;
+      ptx::mbarrier_wait(&s.q_free[q.at][part], q.parity);
+      if (lane == 0) {
+        s.item[q.at][part] = {q_tile, h | (b << 16), tiles, masked};
+        ptx::mbarrier_arrive_expect(&s.q_ready[q.at][part], sizeof(s.q[0]) / Tile::kQParts);
+#pragma unroll
+        for (int c = 0; c < Tile::kPanels; c++)
+          ptx::tensor_load(s.q[q.at] + (c * kRows + row) * 64, q_map, &s.q_ready[q.at][part], c * 64, q_tile * kRows + row, h, b,
+                           ptx::kEvictFirst);
+      }
     }
+    if (lane == 0 && p.carry)  // the running output on its way to L2
+      for (int c = 0; c < p.head_dim_v; c += 32) ptx::tensor_prefetch(acc_map, c, q_tile * kRows, h, b);
     q.advance();
     // The next item is claimed as late as its latency allows: longest first balances only what is not claimed yet (claiming at
     // the start of an item cost 4-5 % at 16k causal).
@@ -165,14 +170,7 @@ __device__ __forceinline__ void produce(ForwardShared<Tile>& s, const CUtensorMa
 #pragma unroll 1
       for (int tile = word(run, kKeyTile); tile < tile_end; tile++) {
         if (--left == 0) claim();
-        ptx::mbarrier_wait(&s.k_free[k.at], k.parity);
-        if (lane == 0) {
-          ptx::mbarrier_arrive_expect(&s.k_ready[k.at], sizeof(s.k[0]));
-#pragma unroll
-          for (int c = 0; c < Tile::kPanels; c++)
-            ptx::tensor_load(s.k[k.at] + c * kKeys * 64, k_map, &s.k_ready[k.at], c * 64, tile * kKeys, kv_place & 0xffff,
-                             kv_place >> 16, ptx::kEvictLast);
-        }
+        if (!kKeysFirst || left != tiles - 1) load_k(tile);
         if (extra_begin >= 0) {  // masked: this lane's rows' intervals
           ptx::mbarrier_wait(&s.intervals_free[masks.at], masks.parity);
           const int q0 = word(run, kBand), q1 = word(run, kBand + 1), k0 = word(run, kBand + 2), k1 = word(run, kBand + 3),
@@ -212,12 +210,15 @@ __device__ __forceinline__ void produce(ForwardShared<Tile>& s, const CUtensorMa
       run = following;
     }
   }
-  ptx::mbarrier_wait(&s.q_free[q.at], q.parity);
-  if (lane == 0) {
-    s.item[q.at] = {-1, 0, 0, 0};
-    ptx::mbarrier_arrive(&s.q_ready[q.at]);
-    if (atomicAdd(p.counter + 1, 1) == gridDim.x - 1) p.counter[0] = p.counter[1] = 0;  // ready for the next launch
+#pragma unroll
+  for (int part = 0; part < Tile::kQParts; part++) {
+    ptx::mbarrier_wait(&s.q_free[q.at][part], q.parity);
+    if (lane == 0) {
+      s.item[q.at][part] = {-1, 0, 0, 0};
+      ptx::mbarrier_arrive(&s.q_ready[q.at][part]);
+    }
   }
+  if (lane == 0 && atomicAdd(p.counter + 1, 1) == gridDim.x - 1) p.counter[0] = p.counter[1] = 0;  // ready for the next launch
 }
 
 // ------------------------------------------------------------------------------------------------- consumer
@@ -227,6 +228,8 @@ __device__ __forceinline__ void consume(ForwardShared<Tile>& s, const CUtensorMa
   constexpr int kRows = Tile::kRows, kKeys = Tile::kKeys;
   constexpr int kS = kKeys / 2, kP = kKeys / 4, kO = Tile::kHeadDimV / 2;  // registers of S, P, O
   constexpr int kStepsQK = Tile::kHeadDim / 16, kStepsPV = kKeys / 16;
+  constexpr bool kFreeQEarly = Tile::kQStages == 1 && !Tile::kQInRegisters;  // after the last S, not after the last step
+  static_assert(!(kFreeQEarly && Tile::kPingPong), "who waits for Q in its turn keeps the other warpgroup from its last S");
   using QK = ptx::Wgmma<kKeys, T>;
   using PV = ptx::Wgmma<Tile::kHeadDimV, T, false, true>;
   // By shuffle, so that ptxas knows what follows to be uniform in the warp and keeps ring indices, descriptors and loop counters
@@ -237,6 +240,7 @@ __device__ __forceinline__ void consume(ForwardShared<Tile>& s, const CUtensorMa
   const uint32_t q_low = ptx::descriptor_low(ptx::shared_address(s.q[0]) + w * 64 * 128);
   const uint32_t k_low = ptx::descriptor_low(ptx::shared_address(s.k[0]));
   const uint32_t v_low = ptx::descriptor_low(ptx::shared_address(s.v[0]), kKeys * 128);
+  const int part = Tile::kQParts > 1 ? w : 0;  // of Q: this warpgroup's
   float o[kO];
   uint32_t probabilities[kP];
   uint32_t q_fragments[Tile::kQInRegisters ? 4 * kStepsQK : 1];
@@ -246,16 +250,20 @@ __device__ __forceinline__ void consume(ForwardShared<Tile>& s, const CUtensorMa
   Ring<Tile::kVStages> v{0, 0};
   Ring<ForwardShared<Tile>::kIntervals> masks{0, 0};
 
+  // Turns: each warpgroup waits at its own named barrier until the one before it has issued its products.
+  const int own_turn = 1 + w, next_turn = 1 + (w + 1) % Tile::kConsumers;
   const auto turn = [&] {
-    if constexpr (Tile::kPingPong) take_turn<Tile::kConsumers>(w);
+    if constexpr (Tile::kPingPong) ptx::barrier_sync<256>(own_turn);
   };
   const auto pass = [&] {
-    if constexpr (Tile::kPingPong) give_turn<Tile::kConsumers>(w);
+    if constexpr (Tile::kPingPong) ptx::barrier_arrive<256>(next_turn);
   };
   const auto wait_k = [&] { ptx::mbarrier_wait(&s.k_ready[k.at], k.parity); };
   const auto wait_v = [&] { ptx::mbarrier_wait(&s.v_ready[v.at], v.parity); };
   const auto issue_qk = [&](float (&x)[kS]) {
-    const uint32_t a = q_low + q.at * (sizeof(s.q[0]) / 16), b = k_low + k.at * (sizeof(s.k[0]) / 16);
+    uint32_t a = q_low + q.at * (sizeof(s.q[0]) / 16);
+    const uint32_t b = k_low + k.at * (sizeof(s.k[0]) / 16);
+    if constexpr (kFreeQEarly) asm volatile("" : "+r"(a));  // else Q's descriptors are made once, outside: more than fit UR
     ptx::wgmma_fence();
 #pragma unroll
     for (int i = 0; i < kStepsQK; i++) {
@@ -302,7 +310,7 @@ __device__ __forceinline__ void consume(ForwardShared<Tile>& s, const CUtensorMa
     v.advance();
   };
   const auto free_q = [&] {  // by every lane, since every lane read the item
-    ptx::mbarrier_arrive(&s.q_free[q.at]);
+    ptx::mbarrier_arrive(&s.q_free[q.at][part]);
     q.advance();
   };
   const auto load_q = [&] {
@@ -314,9 +322,18 @@ __device__ __forceinline__ void consume(ForwardShared<Tile>& s, const CUtensorMa
       free_q();
     }
   };
+  const auto free_q_after = [&](bool last) {  // the item's last S
+    if constexpr (kFreeQEarly) ptx::mbarrier_arrive_if(last, &s.q_free[q.at][part]);
+  };
+  const auto leave_q = [&] {  // at the end of an item
+    if constexpr (kFreeQEarly)
+      q.advance();
+    else if constexpr (!Tile::kQInRegisters)
+      free_q();
+  };
   const auto next_item = [&] {
-    ptx::mbarrier_wait(&s.q_ready[q.at], q.parity);
-    return s.item[q.at];
+    ptx::mbarrier_wait(&s.q_ready[q.at][part], q.parity);
+    return s.item[q.at][part];
   };
   const auto scores_to_weights = [&](float (&x)[kS], bool masked, Interval upper, Interval lower) {
     if constexpr (kSoftcap) tanh_scores(x, p.two_log2e_scale);
@@ -338,7 +355,7 @@ __device__ __forceinline__ void consume(ForwardShared<Tile>& s, const CUtensorMa
 #pragma unroll
     for (int r = 0; r < 2; r++) {
       const int row = item.q_tile * kRows + local_row + 8 * r;
-      lse[r] = p.carry && row < p.q_len ? p.lse_in[lse_at(item, p.lse_in_strides, row)] : -INFINITY;
+      lse[r] = p.lse_in && row < p.q_len ? p.lse_in[lse_at(item, p.lse_in_strides, row)] : -INFINITY;
     }
   };
   const auto start_statistics = [&](const float (&lse)[2]) { softmax.start_from(lse[0], lse[1], lane % 4 == 0); };
@@ -373,7 +390,7 @@ __device__ __forceinline__ void consume(ForwardShared<Tile>& s, const CUtensorMa
     }
     ptx::pin(o);  // without it ptxas lets o wander between registers and moves it in every step of the main loop
   };
-  // Rows that see nothing in this launch: 0 and -inf, or what was carried in.
+  // Rows that see nothing in this launch: 0 and -inf (their sink), or what was carried in.
   const auto write_empty = [&](const Item& item) {
     const int row = item.q_tile * kRows + (local_row & ~15) + lane / 2;
     if (row >= p.q_len || (p.carry && !p.finish)) return;
@@ -387,7 +404,7 @@ __device__ __forceinline__ void consume(ForwardShared<Tile>& s, const CUtensorMa
         *reinterpret_cast<float4*>(acc_row(item, row) + j) = x;
     }
     if ((lane & 1) == 0)
-      p.lse[lse_at(item, p.lse_strides, row)] = p.carry ? p.lse_in[lse_at(item, p.lse_in_strides, row)] : -INFINITY;
+      p.lse[lse_at(item, p.lse_strides, row)] = p.lse_in ? p.lse_in[lse_at(item, p.lse_in_strides, row)] : -INFINITY;
   };
   const auto store_staged = [&](const Item& item, float i0, float i1) {
     const uint32_t base = ptx::shared_address(s.out) + (w * 64 + warp * 16) * 128;
@@ -470,7 +487,7 @@ __device__ __forceinline__ void consume(ForwardShared<Tile>& s, const CUtensorMa
   };
 
   // One step: S of tile i beside PV of tile i - 1.
-  const auto step = [&](auto is_masked) {
+  const auto step = [&](auto is_masked, bool last) {
     constexpr bool kMasked = decltype(is_masked)::value;
     float x[kS];
     Interval upper{0}, lower{0};
@@ -483,6 +500,7 @@ __device__ __forceinline__ void consume(ForwardShared<Tile>& s, const CUtensorMa
     ptx::wgmma_wait<1>();
     ptx::pin(x);
     if constexpr (kMasked) read_intervals(upper, lower);
+    free_q_after(last);
     free_k();
     scores_to_weights(x, kMasked, upper, lower);
     ptx::wgmma_wait<0>();
@@ -493,7 +511,7 @@ __device__ __forceinline__ void consume(ForwardShared<Tile>& s, const CUtensorMa
     softmax.rescale(o);
   };
 
-  if (Tile::kPingPong && w == 0) ptx::barrier_arrive<1, 256>();  // the first turn is warpgroup 0's
+  if (Tile::kPingPong && w == 0) ptx::barrier_arrive<256>(own_turn);  // the first turn is warpgroup 0's
   Item item = next_item();
   while (item.q_tile >= 0) {
     if (item.tiles == 0) {
@@ -516,6 +534,7 @@ __device__ __forceinline__ void consume(ForwardShared<Tile>& s, const CUtensorMa
       ptx::wgmma_wait<0>();
       ptx::pin(x);
       if (item.masked > 0) read_intervals(upper, lower);
+      free_q_after(item.tiles == 1);
       free_k();
       scores_to_weights(x, item.masked > 0, upper, lower);
       pack(x);
@@ -524,16 +543,22 @@ __device__ __forceinline__ void consume(ForwardShared<Tile>& s, const CUtensorMa
     for (;;) {
       int i = 1;
 #pragma unroll 1
-      for (; i < item.masked; i++) step(std::true_type{});
+      for (; i < item.masked; i++) step(std::true_type{}, i + 1 == item.tiles);
 #pragma unroll 1
-      for (; i < item.tiles; i++) step(std::false_type{});
+      for (; i < item.tiles; i++) step(std::false_type{}, i + 1 == item.tiles);
+      // The seam: the next item's first S and this one's last PV together; the store runs under the other warpgroup's products.
+      // In turns, both are issued in one; else PV goes first, so that it need not wait for the next Q.
       const Item done = item;
-      if constexpr (!Tile::kQInRegisters) free_q();
+      const auto last_pv = [&] {
+        wait_v();
+        issue_pv();
+      };
+      if constexpr (!Tile::kPingPong) last_pv();
+      leave_q();
       item = next_item();
       if (item.q_tile < 0 || item.tiles == 0) {
         turn();
-        wait_v();
-        issue_pv();
+        if constexpr (Tile::kPingPong) last_pv();
         pass();
         ptx::wgmma_wait<0>();
         ptx::pin(o);
@@ -542,7 +567,6 @@ __device__ __forceinline__ void consume(ForwardShared<Tile>& s, const CUtensorMa
         store(done);
         break;
       }
-      // The seam: the next item's first S beside this one's last PV; the store runs under the other warpgroup's products.
       load_q();
       float x[kS], lse[2];
       Interval upper{0}, lower{0};
@@ -550,14 +574,14 @@ __device__ __forceinline__ void consume(ForwardShared<Tile>& s, const CUtensorMa
       wait_k();
       turn();
       issue_qk(x);
-      wait_v();
-      issue_pv();
+      if constexpr (Tile::kPingPong) last_pv();
       pass();
       ptx::wgmma_wait<0>();
       ptx::pin(x);
       ptx::pin(o);
       ptx::pin(probabilities);
       if (item.masked > 0) read_intervals(upper, lower);
+      free_q_after(item.tiles == 1);
       free_k();
       free_v();
       store(done);
@@ -568,7 +592,7 @@ __device__ __forceinline__ void consume(ForwardShared<Tile>& s, const CUtensorMa
       start_accumulator();
     }
   }
-  if (Tile::kPingPong && w == 0) ptx::barrier_sync<1, 256>();  // takes back the last turn
+  if (Tile::kPingPong && w == 0) ptx::barrier_sync<256>(own_turn);  // takes back the last turn
   if (Tile::kStagedStore && lane == 0) ptx::bulk_wait<0>();
 }
 
@@ -583,8 +607,10 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   if (threadIdx.x == 0) {
     constexpr int kWarps = 4 * Tile::kConsumers;
     for (int i = 0; i < Tile::kQStages; i++) {
-      ptx::mbarrier_init(&s.q_ready[i], 1);
-      ptx::mbarrier_init(&s.q_free[i], 32 * kWarps);
+      for (int part = 0; part < Tile::kQParts; part++) {
+        ptx::mbarrier_init(&s.q_ready[i][part], 1);
+        ptx::mbarrier_init(&s.q_free[i][part], 32 * kWarps / Tile::kQParts);
+      }
     }
     for (int i = 0; i < Tile::kKStages; i++) {
       ptx::mbarrier_init(&s.k_ready[i], 1);

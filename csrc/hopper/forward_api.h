@@ -2,14 +2,21 @@
 #pragma once
 #include "../api.h"
 
+/// What a pass starts from.
+enum RfCarry {
+  RF_CARRY_NOTHING = 0,  // (0, -inf)
+  RF_CARRY_STATE = 1,    // (acc, lse_in), the running result
+  RF_CARRY_SINKS = 2,    // (0, lse_in): attention sinks, with strides 0 along batch and sequence
+};
+
 /// Attention of the Slices of one step into a running (out, lse).
 struct RfHopperForwardParams {
-  const void* q;  // (B, Sq, H, D) of `dtype`; q, k, v 16-byte aligned, their strides multiples of 8
-  const void* k;  // (B, Sk, Hkv, D)
-  const void* v;  // (B, Sk, Hkv, Dv)
-  void* out;      // (B, Sq, H, Dv) like q, 16-byte aligned, strides multiples of 8; written if `finish`
-  float* acc;  // (B, Sq, H, Dv) running output, 16-byte aligned, strides multiples of 4; read if `carry`, written if not `finish`
-  const float* lse_in;   // (B, H, Sq) running log-sum-exp; read if `carry`
+  const void* q;         // (B, Sq, H, D) of `dtype`; q, k, v 16-byte aligned, their strides multiples of 8
+  const void* k;         // (B, Sk, Hkv, D)
+  const void* v;         // (B, Sk, Hkv, Dv)
+  void* out;             // (B, Sq, H, Dv) like q, 16-byte aligned, strides multiples of 8; written if `finish`
+  float* acc;            // (B, Sq, H, Dv) running output, 16-byte aligned, strides multiples of 4; written if not `finish`
+  const float* lse_in;   // (B, H, Sq) running log-sum-exp; read unless RF_CARRY_NOTHING
   float* lse;            // (B, H, Sq), always written; may be lse_in
   const int32_t* items;  // (q_tiles, 16) of the tile table, ringflash/kernels/tiles.py
   const int32_t* runs;   // (.., 16)
@@ -18,7 +25,7 @@ struct RfHopperForwardParams {
   RfStrides q_strides, k_strides, v_strides, out_strides, acc_strides, lse_in_strides, lse_strides;
   int32_t batch, q_len, k_len, heads, kv_heads, head_dim, head_dim_v, q_tiles;
   int32_t dtype;            // RfDtype, one of the 16-bit ones
-  int32_t carry;            // continue from (acc, lse_in)
+  int32_t carry;            // RfCarry
   int32_t finish;           // write out rather than acc
   int32_t heads_per_group;  // (batch, head) pairs in work at the same time: their K and V should fit the L2 cache
   int32_t ctas;             // multiprocessors to use

@@ -43,24 +43,24 @@ int launch_forward(const RfHopperForwardParams& c, cudaStream_t stream) {
                         int rows) {
     return make_tensor_map(map, type, CU_TENSOR_MAP_SWIZZLE_128B, data, strides, c.batch, length, heads, head_dim, rows, 64);
   };
-  if (!half(&q_map, c.q, c.q_strides, c.q_len, c.heads, c.head_dim, Tile::kRows) ||
+  if (!half(&q_map, c.q, c.q_strides, c.q_len, c.heads, c.head_dim, Tile::kRows / Tile::kQParts) ||
       !half(&k_map, c.k, c.k_strides, c.k_len, c.kv_heads, c.head_dim, Tile::kKeys) ||
       !half(&v_map, c.v, c.v_strides, c.k_len, c.kv_heads, c.head_dim_v, Tile::kKeys))
     return RF_ERROR_ALIGNMENT;
   if (c.finish && Tile::kStagedStore && !half(&out_map, c.out, c.out_strides, c.q_len, c.heads, c.head_dim_v, 16))
     return RF_ERROR_ALIGNMENT;  // one warp stores 16 rows
-  if (c.carry && !make_tensor_map(&acc_map, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, CU_TENSOR_MAP_SWIZZLE_NONE, c.acc, c.acc_strides,
-                                  c.batch, c.q_len, c.heads, c.head_dim_v, Tile::kRows, 32))
+  if (c.carry == RF_CARRY_STATE && !make_tensor_map(&acc_map, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, CU_TENSOR_MAP_SWIZZLE_NONE, c.acc,
+                                                    c.acc_strides, c.batch, c.q_len, c.heads, c.head_dim_v, Tile::kRows, 32))
     return RF_ERROR_ALIGNMENT;
   ForwardParams p{};
-  p.out = c.out, p.acc = c.acc, p.lse_in = c.lse_in, p.lse = c.lse;
+  p.out = c.out, p.acc = c.acc, p.lse_in = c.carry == RF_CARRY_NOTHING ? nullptr : c.lse_in, p.lse = c.lse;
   p.items = c.items, p.runs = c.runs, p.extra = c.extra, p.counter = c.counter;
   p.out_strides = c.out_strides, p.acc_strides = c.acc_strides, p.lse_in_strides = c.lse_in_strides,
   p.lse_strides = c.lse_strides;
   p.q_tiles = c.q_tiles, p.heads = c.heads, p.heads_per_kv_head = c.heads / c.kv_heads, p.batch_heads = c.batch * c.heads;
   p.items_in_all = static_cast<uint32_t>(c.q_tiles) * p.batch_heads;
   p.heads_per_group = c.heads_per_group, p.q_len = c.q_len, p.head_dim_v = c.head_dim_v;
-  p.carry = c.carry != 0, p.finish = c.finish != 0;
+  p.carry = c.carry == RF_CARRY_STATE, p.finish = c.finish != 0;
   p.scale_log2 = (c.softcap > 0.f ? c.softcap : c.scale) * kLog2e;
   p.two_log2e_scale = c.softcap > 0.f ? 2.f * kLog2e * c.scale / c.softcap : 0.f;
   const auto kernel = c.softcap > 0.f ? forward_kernel<T, Tile, true> : forward_kernel<T, Tile, false>;

@@ -13,9 +13,10 @@ struct ForwardTile {
   static constexpr int kConsumers = Consumers_;  // warpgroups of 64 rows
   static constexpr int kRows = 64 * Consumers_, kKeys = Keys_;
   static constexpr int kQStages = QStages_, kKStages = KStages_, kVStages = VStages_;
-  static constexpr bool kQInRegisters = QInRegisters_;  // frees Q's shared memory at once
-  static constexpr bool kPingPong = PingPong_;          // warpgroups take turns in issuing their products
-  static constexpr bool kStagedStore = StagedStore_;    // final output through shared memory and the copy engine
+  static constexpr int kQParts = QStages_ == 1 ? Consumers_ : 1;  // the one buffer of Q changes hands by warpgroup
+  static constexpr bool kQInRegisters = QInRegisters_;            // frees Q's shared memory at once
+  static constexpr bool kPingPong = PingPong_;                    // warpgroups take turns in issuing their products
+  static constexpr bool kStagedStore = StagedStore_;              // final output through shared memory and the copy engine
   static constexpr int kThreads = 128 * (Consumers_ + 1);
   static constexpr int kPanels = (HeadDim_ + 63) / 64, kPanelsV = (HeadDimV_ + 63) / 64;  // of 64 columns = 128 bytes
   static constexpr int kProducerRegisters = Consumers_ == 3 ? 32 : 40;
@@ -42,7 +43,7 @@ struct ForwardChoice<64, 64, 1> : ForwardTile<64, 64, 2, 128, 1, 4, 4, true, fal
   static constexpr ForwardCost kCost{2230, 1000};
 };
 template <>
-struct ForwardChoice<96, 96> : ForwardTile<96, 96, 2, 128, 1, 3, 2, true, false, true> {
+struct ForwardChoice<96, 96> : ForwardTile<96, 96, 2, 128, 2, 2, 2, false, false, true> {
   static constexpr ForwardCost kCost{2300, 1500};
 };
 template <>

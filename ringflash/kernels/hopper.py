@@ -18,10 +18,16 @@ from ringflash.slices import Slices
 if TYPE_CHECKING:
     from ringflash.kernels import Problem, State
 
+NOTHING, STATE, SINKS = 0, 1, 2
+"""``RfCarry`` of csrc/hopper/forward_api.h: what a launch starts from."""
+
 DTYPES = (torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
 L2_BYTES = 32 << 20
 """Share of the 50-60 MB L2 that K and V of the heads in work at the same time may take."""
+EVEN_L2_BYTES = 8 << 20
+"""The same where all items are equally long. Longest first has no say then, and the fewer heads at a time, the more evenly their
+K and V come from memory: 1-2 % at 1k. Under a causal mask, groups that small cost up to 8 %."""
 
 _PARAMS = struct.Struct("=11Q21q13i2fi")
 """``RfHopperForwardParams`` of csrc/hopper/forward_api.h. One pack call costs a tenth of filling a ctypes.Structure."""
@@ -83,9 +89,16 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 @cache
-def _counter(device: torch.device, stream: int) -> Tensor:
+def _counter_of(device: torch.device, stream: int) -> Tensor:
     """The two work counters of a stream: zero between launches, and launches of one stream never overlap."""
     return torch.zeros(2, dtype=torch.int32, device=device)
+
+
+def _counter(device: torch.device, stream: int) -> Tensor:
+    """Zeroed work counters. A captured launch has its own, zeroed by the graph: graphs of one stream may run on several."""
+    if torch.cuda.is_current_stream_capturing():
+        return torch.zeros(2, dtype=torch.int32, device=device)
+    return _counter_of(device, stream)
 
 
 def _for_copy_engine(x: Tensor) -> Tensor:
@@ -151,18 +164,21 @@ class HopperKernel:
         softcap: float = 0.0,
         carry: State | None = None,
         finish: bool = True,
+        sinks: Tensor | None = None,
     ) -> State:
         """Folds the Slices into the running ``(out, lse)``; the contract is ``ringflash.kernels.Kernel.forward``.
 
-        ValueError for a scale that is not positive. q, k, v are read where they lie, unless a row of theirs is not 16-byte
-        aligned.
+        sinks: (H,) float32, for a first call instead of ``carry``: starts from the running state (0, sinks) without that state
+        ever lying in memory. q, k, v are read where they lie, unless a row of theirs is not 16-byte aligned.
+        ValueError for a scale that is not positive.
         """
+        assert sinks is None or carry is None, "sinks are part of the running state already"
         if not scale > 0.0:
             raise ValueError(f"scale={scale}: the Hopper kernels need a positive scale; use backend='reference' or negate q")
         B, Sq, H, D = q.shape
         Sk, Dv = k.shape[1], v.shape[3]
         if q.numel() == 0 or len(slices) == 0 or k.numel() == 0:
-            return self._see_nothing(q, Dv, carry, finish)
+            return self._see_nothing(q, Dv, carry, finish, sinks)
         if carry is not None and not _vectors(carry[0]):
             copy = carry[0].contiguous()
             out, lse = self.forward(q, k, v, slices, scale=scale, softcap=softcap, carry=(copy, carry[1]), finish=finish)
@@ -174,12 +190,18 @@ class HopperKernel:
             dtype = q.dtype if finish else torch.float32
             result = torch.empty((B, Sq, H, Dv), dtype=dtype, device=q.device)
             lse = torch.empty((B, H, Sq), dtype=torch.float32, device=q.device)
+        if sinks is not None:
+            start, before = SINKS, (result, sinks.float()[None, :, None].expand(B, H, Sq))
+        elif carry is not None:
+            start, before = STATE, carry
+        else:
+            start, before = NOTHING, (result, lse)
         tile, table = forward_plan(slices, Sq, Sk, D, Dv)
         if torch.cuda.current_device() == q.device.index:
-            self._launch(tile.variant, table, q, k, v, result, lse, carry, scale, softcap, finish)
+            self._launch(tile.variant, table, q, k, v, result, lse, start, before, scale, softcap, finish)
         else:
             with torch.cuda.device(q.device):
-                self._launch(tile.variant, table, q, k, v, result, lse, carry, scale, softcap, finish)
+                self._launch(tile.variant, table, q, k, v, result, lse, start, before, scale, softcap, finish)
         return result, lse
 
     def _launch(
@@ -191,7 +213,8 @@ class HopperKernel:
         v: Tensor,
         result: Tensor,
         lse: Tensor,
-        carry: State | None,
+        start: int,
+        before: State,
         scale: float,
         softcap: float,
         finish: bool,
@@ -202,8 +225,8 @@ class HopperKernel:
         Sk, Hkv, Dv = k.shape[1], k.shape[2], v.shape[3]
         items, runs, extra = table.on(q.device)
         stream = torch.cuda.current_stream(q.device).cuda_stream
-        kv_heads_in_l2 = max(1, L2_BYTES // (Sk * (D + Dv) * 2))
-        acc, lse_in = carry if carry is not None else (result, lse)
+        kv_heads_in_l2 = max(1, (EVEN_L2_BYTES if table.even else L2_BYTES) // (Sk * (D + Dv) * 2))
+        acc, lse_in = before
         params = _PARAMS.pack(
             q.data_ptr(),
             k.data_ptr(),
@@ -232,7 +255,7 @@ class HopperKernel:
             Dv,
             len(table.items),
             ops.DTYPES[q.dtype],
-            carry is not None,
+            start,
             finish,
             min(B * H, kv_heads_in_l2 * (H // Hkv)),
             max(1, _multiprocessors(q.device) - self.sm_margin),
@@ -242,13 +265,14 @@ class HopperKernel:
         )
         ops.check(lib, "rf_hopper_forward", lib.rf_hopper_forward(params, stream))
 
-    def _see_nothing(self, q: Tensor, head_dim_v: int, carry: State | None, finish: bool) -> State:
-        """The step without a visible pair: the running state as it is, or the unit (0, -inf)."""
+    def _see_nothing(self, q: Tensor, head_dim_v: int, carry: State | None, finish: bool, sinks: Tensor | None) -> State:
+        """The step without a visible pair: the running state as it is, or the unit (0, -inf or the sinks)."""
         if carry is not None:
             return (carry[0].to(q.dtype), carry[1]) if finish else carry
         B, Sq, H, _ = q.shape
         out = torch.zeros((B, Sq, H, head_dim_v), dtype=q.dtype if finish else torch.float32, device=q.device)
-        return out, torch.full((B, H, Sq), -torch.inf, dtype=torch.float32, device=q.device)
+        lse = torch.full((B, H, Sq), -torch.inf, dtype=torch.float32, device=q.device)
+        return out, lse if sinks is None else lse.copy_(sinks[None, :, None].expand(B, H, Sq))
 
     def backward(
         self,

@@ -53,6 +53,11 @@ class TileTable:
         return int(self.items[:, TILES].sum())
 
     @property
+    def even(self) -> bool:
+        """Whether all items are equally long (or there are none)."""
+        return len(self.items) == 0 or bool(self.items[0, TILES] == self.items[-1, TILES])
+
+    @property
     def nbytes(self) -> int:
         return int(self.items.nbytes + self.runs.nbytes + self.extra.nbytes)
 

@@ -173,14 +173,23 @@ def test_continue(case: Case, dims: tuple[int, int], monkeypatch: pytest.MonkeyP
     assert torch.equal(running.to(q.dtype), final) and torch.equal(running_lse, final_lse)
 
 
-def test_starting_from_sinks() -> None:
+@pytest.mark.parametrize("dims", [(128, 128), (64, 64), (256, 256)], ids=str)
+def test_starting_from_sinks(dims: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """(0, sink) is a running state like any other: a key that takes weight and gives nothing."""
-    case = CASES[8]
-    q, k, v, visible = inputs(case, torch.bfloat16, 128, 128)
-    sinks = torch.randn(case.H, device="cuda")
-    carry = torch.zeros(case.B, case.Sq, case.H, 128, device="cuda"), sinks[None, :, None].repeat(case.B, 1, case.Sq)
-    out, lse = run(q, k, v, case.rows, scale=0.1, carry=tuple(x.clone() for x in carry))
-    agree(out, lse, q, k, v, visible, scale=0.1, carry=carry)
+    for case in (CASES[8], CASES[6]):
+        q, k, v, visible = inputs(case, torch.bfloat16, *dims)
+        sinks = torch.randn(case.H, device="cuda")
+        carry = torch.zeros(case.B, case.Sq, case.H, dims[1], device="cuda"), sinks[None, :, None].repeat(case.B, 1, case.Sq)
+        poisoned(monkeypatch)
+        out, lse = run(q, k, v, case.rows, scale=0.1, carry=tuple(x.clone() for x in carry))
+        agree(out, lse, q, k, v, visible, scale=0.1, carry=carry)
+        direct, direct_lse = run(q, k, v, case.rows, scale=0.1, sinks=sinks)
+        assert torch.equal(direct, out) and torch.equal(direct_lse, lse)
+        running, running_lse = run(q, k, v, case.rows, scale=0.1, sinks=sinks, finish=False)
+        assert torch.equal(running.to(q.dtype), out) and torch.equal(running_lse, lse)
+        monkeypatch.undo()
+    nothing, nothing_lse = run(q, k, v, [], scale=0.1, sinks=sinks)
+    assert bool((nothing == 0).all()) and torch.equal(nothing_lse, carry[1])
 
 
 @pytest.mark.parametrize("layout", ["BHSD", "qkv in one tensor", "sliced sequence", "unaligned rows", "expanded heads"])
@@ -246,6 +255,28 @@ def test_multiprocessors_left_free_change_nothing() -> None:
     kernel = hopper.HopperKernel(sm_margin=100)
     again, again_lse = kernel.forward(q, k, v, Slices.from_rows(case.rows), scale=0.1)
     assert torch.equal(again, out) and torch.equal(again_lse, lse)
+
+
+def test_graphs_captured_on_one_stream_run_on_two() -> None:
+    """Also in another order than they were captured in, and before any launch outside of a graph has used the stream."""
+    case = CASES[2]
+    q, k, v, _ = inputs(case, torch.bfloat16, 128, 128)
+    expected, _ = run(q, k, v, case.rows, scale=0.1)
+    graphs = [torch.cuda.CUDAGraph() for _ in range(2)]
+    capture, outs = torch.cuda.Stream(), []
+    for graph in graphs:
+        with torch.cuda.graph(graph, stream=capture):
+            outs.append(run(q, k, v, case.rows, scale=0.1)[0])
+    streams = [torch.cuda.Stream() for _ in graphs]
+    for _ in range(3):
+        for out in outs:
+            out.fill_(torch.nan)
+        torch.cuda.synchronize()
+        for stream, graph in zip(streams, reversed(graphs), strict=True):
+            with torch.cuda.stream(stream):
+                graph.replay()
+        torch.cuda.synchronize()
+        assert all(torch.equal(out, expected) for out in outs)
 
 
 @pytest.mark.parametrize("seed", range(25))
