@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ringflash.kernels import Kernel, OneCallKernel
+from ringflash.kernels import Kernel, OneCallKernel, Settle
 from ringflash.kernels.hopper_backward import delta as rowsum_delta
 from ringflash.parallel import trace
 from ringflash.parallel.heads import HeadExchange
-from ringflash.parallel.plan import Part, Plan, View, make_plan
+from ringflash.parallel.plan import Part, Plan, Ranges, View, make_plan
 from ringflash.parallel.transport import Homecoming, Stages, Transport
+from ringflash.slices import settled_rows
 
 T = TypeVar("T")
 
@@ -97,18 +98,26 @@ def _rows(x: Tensor, view: View, dim: int = 1) -> Tensor:
 
 
 class _Calls(NamedTuple):
-    """How a plan's kernel calls pass the running state on: ``direct``: the first one starts it and ``last`` finishes it."""
+    """How a plan's kernel calls pass the running state on.
+
+    direct: the first one starts it and ``last`` finishes it. settled: by call, the rows that it completes, if others than the
+    last one complete any.
+    """
 
     direct: bool
     last: Part | None
+    settled: tuple[Ranges, ...]
 
 
 @lru_cache(maxsize=1024)
-def _calls(plan: Plan) -> _Calls:
-    """Not direct are calls that see only some of the rows (views)."""
+def _calls(plan: Plan, settle_rows: int) -> _Calls:
+    """Not direct are calls that see only some of the rows (views). settle_rows: of the kernel; 0 if it settles none."""
     work = [part for step in plan.steps for part in step.parts]
     direct = bool(work) and all(part.q_view == (0, 1) for part in work)
-    return _Calls(direct, work[-1] if work else None)
+    settled: tuple[Ranges, ...] = ()
+    if direct and settle_rows and len(work) > 1:
+        settled = settled_rows([part.slices for part in work], plan.q_len, settle_rows)
+    return _Calls(direct, work[-1] if work else None, settled if any(settled[:-1]) else ())
 
 
 def _only_call(plan: Plan) -> Part | None:
@@ -131,7 +140,9 @@ def forward_loop(
     # Start in the first kernel call and finish in the last, unless calls see only some of the rows (views), or sinks come first:
     # a sink is a running state of its own, output 0 and log-sum-exp of the sink.
     carry: tuple[Tensor, Tensor] | None = None
-    direct, last = _calls(plan)
+    direct, last, settled = _calls(plan, getattr(kernel, "settle_rows", 0))
+    final = q.new_empty((*q.shape[:3], v.shape[3])) if settled else None
+    completes = iter(settled)
     if sinks is not None or not direct:
         carry = _initial(q, v, accumulate_dtype(q.dtype), None if sinks is None else sinks[plan.share.q0 : plan.share.q1])
     stages = Stages(plan, job.transport, k, v)
@@ -146,6 +157,7 @@ def forward_loop(
         trace.begin(trace.FORWARD, n)
         for part in step.parts:
             view = carry if carry is None else (_rows(carry[0], part.q_view), _rows(carry[1], part.q_view, dim=2))
+            settle = {} if final is None else {"settle": Settle(final, next(completes))}
             state = kernel.forward(
                 _rows(q, part.q_view),
                 _rows(k_stage, part.k_view),
@@ -154,7 +166,8 @@ def forward_loop(
                 scale=job.scale,
                 softcap=job.softcap,
                 carry=view,
-                finish=direct and part is last,
+                finish=direct and part is last and final is None,
+                **settle,
             )
             carry = state if direct else carry
         trace.end(trace.FORWARD, n)
@@ -162,6 +175,7 @@ def forward_loop(
     stages.finish()
     assert carry is not None
     out, lse = carry
+    out = out if final is None else final
     saved = Saved(q, k, v, out if out.dtype == q.dtype else out.to(q.dtype), lse, sinks)
     if not trades:
         return saved.out, lse, saved

@@ -7,6 +7,7 @@ Slices; causal, windows, packed documents, prefixes and block maps are tables, n
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -137,3 +138,23 @@ class Slices(Sequence[Slice]):
     def area(self) -> int:
         """Number of visible (row, key) pairs."""
         return int(area(self.table).sum())
+
+
+def settled_rows(calls: Sequence[Slices], q_len: int, granule: int) -> tuple[tuple[tuple[int, int], ...], ...]:
+    """Per call the rows that no later call touches, and no earlier one's answer holds: each row is in exactly one answer.
+
+    Rows that no call touches are the first one's. Answers are sorted ranges, cut at multiples of ``granule`` rows: a block of
+    so many rows is one call's as a whole. Later calls come later in ``calls``, which must not be empty.
+    """
+    blocks = -(-q_len // granule)
+    last = np.zeros(blocks, dtype=np.int64)
+    for number, slices in enumerate(calls):
+        steps = np.zeros(blocks + 1, dtype=np.int64)
+        np.add.at(steps, slices.table[:, 0] // granule, 1)
+        np.add.at(steps, -(-slices.table[:, 1] // granule), -1)
+        last[np.cumsum(steps)[:-1] > 0] = number
+    edges = np.flatnonzero(np.diff(last, prepend=-1, append=-1)).tolist()
+    answers: list[list[tuple[int, int]]] = [[] for _ in calls]
+    for begin, end in itertools.pairwise(edges):
+        answers[last[begin]].append((begin * granule, min(end * granule, q_len)))
+    return tuple(map(tuple, answers))

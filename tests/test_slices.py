@@ -6,8 +6,10 @@ import pickle
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from ringflash.slices import UNBOUNDED, Slices, area, tighten
+from ringflash.slices import UNBOUNDED, Slices, area, settled_rows, tighten
 
 
 def painted(rows: np.ndarray, q_len: int = 9, k_len: int = 11) -> np.ndarray:
@@ -81,3 +83,25 @@ def test_slices_are_values() -> None:
     assert one[1:] == Slices.from_rows([(4, 6, 0, 2, -9, 9)])
     with pytest.raises(ValueError):
         one.table[0, 0] = 3
+
+
+CALLS = st.lists(st.lists(st.tuples(st.integers(0, 59), st.integers(1, 30)), max_size=3), min_size=1, max_size=5)
+
+
+@given(st.integers(1, 60), st.integers(1, 20), CALLS)
+def test_settled_rows_hold_each_row_once_after_its_last_call(q_len: int, granule: int, rows: list[list[tuple[int, int]]]) -> None:
+    calls = [Slices.from_rows([(q0, min(q0 + n, q_len), 0, 8, -100, 100) for q0, n in call if q0 < q_len]) for call in rows]
+    settled = settled_rows(calls, q_len, granule)
+    owner = np.full(q_len, -1)
+    for number, ranges in enumerate(settled):
+        for begin, end in ranges:
+            assert begin % granule == 0 and (end % granule == 0 or end == q_len)
+            assert (owner[begin:end] == -1).all()
+            owner[begin:end] = number
+    touched = np.zeros((len(calls), q_len), dtype=bool)
+    for number, slices in enumerate(calls):
+        for s in slices:
+            touched[number, s.q0 : s.q1] = True
+    for block in range(0, q_len, granule):
+        calls_there = np.flatnonzero(touched[:, block : block + granule].any(1))
+        assert (owner[block : block + granule] == (calls_there[-1] if len(calls_there) else 0)).all()

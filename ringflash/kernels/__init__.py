@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 from dataclasses import dataclass
 from functools import cache
-from typing import Protocol, cast, runtime_checkable
+from typing import NamedTuple, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -22,6 +22,19 @@ NAMES = ("hopper", "sdpa", "flash_attn", "cpu", "reference")
 
 State = tuple[Tensor, Tensor]
 """``(out, lse)``: (B, Sq, H, Dv) and (B, H, Sq)."""
+
+
+class Settle(NamedTuple):
+    """Rows that a forward call (with finish=False) completes, though others go on.
+
+    They are written to ``out`` (B, Sq, H, Dv), in q's dtype, and their lse to the running one; the running output's rows are
+    then unspecified. rows: sorted ranges, cut at multiples of the backend's ``settle_rows`` or at Sq. With a carry, a row that
+    is neither among them nor in a Slice stays as it is. So the float32 state of rows that one call completes never meets
+    memory, and no later call looks at them.
+    """
+
+    out: Tensor
+    rows: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -91,7 +104,8 @@ class Kernel(Protocol):
     gradients are kept in it. Query head h reads key head ``h // (H // Hkv)``. Scores are ``scale * q.k``, or with a softcap
     ``softcap * tanh(scale * q.k / softcap)``. No Slices, Sq = 0, Sk = 0 and H = 0 are all fine.
 
-    A backend whose backward reads delta, so that ``out`` is never needed, says so with ``takes_delta = True``.
+    A backend whose backward reads delta, so that ``out`` is never needed, says so with ``takes_delta = True``. One
+    with a number ``settle_rows`` has a further keyword in ``forward``, ``settle: Settle | None = None``.
     """
 
     name: str

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ringflash.kernels import Problem, State, reference
+from ringflash.kernels import Problem, Settle, State, reference
 from ringflash.kernels.decompose import (
     by_bounds,
     core,
@@ -145,6 +145,7 @@ class Cpu:
 
     name = "cpu"
     takes_delta = True
+    settle_rows = 1
 
     def refuses(self, problem: Problem) -> str | None:
         if problem.device != "cpu":
@@ -166,13 +167,14 @@ class Cpu:
         softcap: float = 0.0,
         carry: State | None = None,
         finish: bool = True,
+        settle: Settle | None = None,
     ) -> State:
         assert not softcap, "the cpu backend refuses softcap"
         state = Running.of(q, v, carry)
         if not (q.shape[0] and q.shape[2] and len(slices)):
-            return state.result(finish)
+            return state.result(finish, settle)
         if scale <= 0 or not reference.all_finite(q, k, v):  # torch multiplies its -inf of masked scores by the scale
-            return reference.KERNEL.forward(q, k, v, slices, scale=scale, carry=carry, finish=finish)
+            return reference.KERNEL.forward(q, k, v, slices, scale=scale, carry=carry, finish=finish, settle=settle)
         tiles = _Tiles(q, k, v, max(q.shape[3], v.shape[3]))
         for s, n in repeats(slices):
             q_run, k_run, v_run = tiles.of_run(s, n)
@@ -192,7 +194,7 @@ class Cpu:
             if batch_state is not None:
                 out, lse = batch_state.result(finish=False)
                 state.put(s.q0, s.q0 + n * (s.q1 - s.q0), _untiled(out, n), _untiled(lse.transpose(1, 2), n).transpose(1, 2))
-        return state.result(finish)
+        return state.result(finish, settle)
 
     def backward(
         self,

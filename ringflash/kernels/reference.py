@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ringflash.kernels import Problem, State
+from ringflash.kernels import Problem, Settle, State
 from ringflash.kernels.running import Running, accumulate_dtype
 from ringflash.slices import Slice, Slices
 
@@ -186,6 +186,7 @@ class Reference:
 
     name = "reference"
     takes_delta = True
+    settle_rows = 1
 
     def refuses(self, problem: Problem) -> str | None:
         if not problem.dtype.is_floating_point:
@@ -203,13 +204,14 @@ class Reference:
         softcap: float = 0.0,
         carry: State | None = None,
         finish: bool = True,
+        settle: Settle | None = None,
     ) -> State:
         state = Running.of(q, v, carry)
         if q.shape[0] and q.shape[2] and len(slices):
             attention, finite = _Attention(_Heads(q, k), q, k, v, scale, softcap), all_finite(v)
             for s, q0, q1 in _row_tiles(slices):
                 state.put(q0, q1, *attention.forward_rows(s, q0, q1, finite))
-        return state.result(finish)
+        return state.result(finish, settle)
 
     def backward(
         self,

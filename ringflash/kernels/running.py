@@ -6,12 +6,17 @@ beside its library.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from ringflash.merge import merge_
+
+if TYPE_CHECKING:
+    from ringflash.kernels import Settle
 
 State = tuple[Tensor, Tensor]
 
@@ -67,8 +72,9 @@ class Running:
             self._clear_unseen(q0, q1)
         merge_(out, lse, out_part, lse_part.to(self._acc))
 
-    def result(self, finish: bool) -> State:
-        """The state: in q's dtype as a new tensor with finish, else in the accumulate dtype."""
+    def result(self, finish: bool, settle: Settle | None = None) -> State:
+        """The state: in q's dtype as a new tensor with finish, else in the accumulate dtype, some rows perhaps settled."""
+        assert not (finish and settle), "settling is for calls that leave other rows unfinished"
         if not finish or self._out is None:
             self._own()
         if self._seen is not None:
@@ -76,6 +82,9 @@ class Running:
         assert self._out is not None and self._lse is not None
         lse = self._lse.to(self._acc)
         if not finish:
+            if settle is not None:
+                for begin, end in settle.rows:
+                    settle.out[:, begin:end] = self._out[:, begin:end]
             return self._out, lse
         return self._out.to(self._dtype, copy=self._carried), lse.clone() if self._carried else lse
 
