@@ -15,6 +15,7 @@ from ringflash import env
 from ringflash.mask import Documents, Mask
 from ringflash.parallel.agree import Agreement
 from ringflash.parallel.layout import KINDS, Layout, make_layout
+from ringflash.parallel.memory import Demand, Frugality, extra_bytes, frugalities
 from ringflash.parallel.plan import MAX_GAP, Plan, PlanKey, Schedule, make_plan, make_schedule
 from ringflash.parallel.transport import Transport
 from ringflash.parallel.transport.allgather import AllGather
@@ -48,6 +49,7 @@ class Sharding:
         self.lengths: tuple[int, int] | None = None  # set by for_lengths
         self.last_seqlen: int | None = None  # of the last shard or position_ids
         self.trim, self.max_gap = True, MAX_GAP  # see PlanKey
+        self.memory_budget: int | None = None
         make_schedule(schedule, world, ulysses, inner)  # raises early
 
     def layout_of(self, seqlen: int) -> Layout:
@@ -64,12 +66,42 @@ class Sharding:
         spec = Schedule("staged", ulysses=ulysses, rows=rows) if self.schedule == "auto" else self.schedule
         return make_schedule(spec, self.world, ulysses, self.inner)
 
-    def plan(self, rank: int, mask: Mask, q_len: int, k_len: int, heads: int, kv_heads: int) -> Plan:
-        """The plan of one rank for global lengths and head counts. Cached."""
+    def plan(self, rank: int, mask: Mask, q_len: int, k_len: int, heads: int, kv_heads: int, rows: int = STAGE_TOKENS) -> Plan:
+        """The plan of one rank for global lengths and head counts. Cached. rows: for ``schedule_of``."""
         q_layout = self.layout_of(q_len)
         k_layout = q_layout if k_len == q_len else self.layout_of(k_len)
-        schedule = self.schedule_of(k_len)
+        schedule = self.schedule_of(k_len, rows)
         return make_plan(PlanKey(mask, q_layout, k_layout, schedule, heads, kv_heads, rank, self.trim, self.max_gap))
+
+    def keep_within(self, budget: int | None) -> None:
+        """Sets the memory budget, bytes; None for no bound."""
+        if budget is not None and not (isinstance(budget, int) and budget > 0):
+            raise ValueError(f"memory_budget must be a positive number of bytes (2 * 2**30 for 2 GiB) or None, got {budget!r}")
+        self.memory_budget = budget
+
+    def frugalities(self, k_len: int, kv_heads: int) -> tuple[Frugality, ...]:
+        """What the memory budget may choose from."""
+        ulysses = self.schedule_of(k_len).ulysses
+        return frugalities(STAGE_TOKENS, self.world // ulysses, k_len, kv_heads, ulysses, self.schedule == "auto")
+
+    def affordable(self, call: Demand, rank: int, mask: Mask, q_len: int, k_len: int, heads: int, kv_heads: int) -> list[int]:
+        """Which of the ``frugalities`` one rank can afford within the memory budget, by their place there.
+
+        Raises ValueError, with the numbers, if it can afford none.
+        """
+        assert self.memory_budget is not None
+        needs = []
+        for rows, groups in self.frugalities(k_len, kv_heads):
+            plan = self.plan(rank, mask, q_len, k_len, heads, kv_heads, rows)
+            needs.append(extra_bytes(plan, call, groups))
+        if min(needs) > self.memory_budget:
+            groups = self.frugalities(k_len, kv_heads)[needs.index(min(needs))].groups
+            raise ValueError(
+                f"memory_budget={self.memory_budget} bytes is too small: beyond its tensors a call takes {min(needs)} bytes on "
+                f"rank {rank} (the smallest stages, heads in {groups} groups, one after the other) and {needs[0]} at full speed; "
+                "give it more memory, or more ranks"
+            )
+        return [n for n, need in enumerate(needs) if need <= self.memory_budget]
 
     def bound(self, mask: Mask | None) -> Mask:
         """The mask of a call: the given one, or the one this view was made for.
@@ -92,6 +124,10 @@ class ContextParallel(Sharding):
                "allgather" only), or "symmetric" (CUDA, all ranks in one NVLink domain: copy engines pull chunks from their
                owner's memory).
     timeout_s  how long a peer may be silent before an error, seconds (default RINGFLASH_TIMEOUT_S).
+    memory_budget  bytes that a call may take on a rank at most, forward or backward, beyond what the caller has anyway (q, k, v,
+               out, log-sum-exp and gradients): running state, stages, and the buffers of symmetric memory. "auto" then takes
+               smaller stages, and any schedule but Ulysses computes the heads in groups, one group after the other, as far
+               as it must; ValueError, with the numbers, if even that takes more. Default None: no bound.
 
     All ranks of the group must create it, and call its methods, together. Raises ValueError for what does not fit.
     """
@@ -106,6 +142,7 @@ class ContextParallel(Sharding):
         inner: int | None = None,
         transport: str = "auto",
         timeout_s: float | None = None,
+        memory_budget: int | None = None,
     ) -> None:
         if not dist.is_initialized():
             raise ValueError(
@@ -135,6 +172,7 @@ class ContextParallel(Sharding):
         if self.rank < 0:
             raise ValueError("this rank is not a member of the given process group")
         super().__init__(dist.get_world_size(self.group), layout, schedule, ulysses, inner)
+        self.keep_within(memory_budget)
         if transport not in TRANSPORTS:
             raise ValueError(f"unknown transport {transport!r}; allowed are {', '.join(TRANSPORTS)}")
         plain = make_schedule(schedule, self.world, ulysses, inner)
@@ -173,6 +211,25 @@ class ContextParallel(Sharding):
             return self.transport_name
         why = self._why[device]
         return f"{self._transports[device].name} ({why})" if why else self._transports[device].name
+
+    def may_share_memory(self, device: torch.device) -> bool:
+        """Whether the transport is "symmetric", or "auto" may become it."""
+        return self.transport_name == "symmetric" or (self.transport_name == "auto" and device.type == "cuda" and not self.relays)
+
+    def afford(self, indices: list[int]) -> int:
+        """The first choice that all ranks can afford: this rank's are given. Raises the same ValueError on all ranks."""
+        facts = {"memory_budget": str(self.memory_budget), "affordable": ",".join(map(str, indices))}
+        said = self.agreement.gather(facts)
+        if len({fact.get("memory_budget") for fact in said.values()}) > 1:
+            given = ", ".join(f"rank {rank}: {fact.get('memory_budget')}" for rank, fact in said.items())
+            raise ValueError(f"the ranks disagree on memory_budget: {given}")
+        common = set.intersection(*({int(n) for n in fact["affordable"].split(",")} for fact in said.values()))
+        if not common:
+            raise ValueError(
+                f"memory_budget={self.memory_budget} bytes suffices for every rank alone, but for no stages and groups of heads "
+                "that are the same on all; give it more"
+            )
+        return min(common)
 
     def _make_transport(self, device: torch.device) -> tuple[Transport, str]:
         """The named transport; for "auto" symmetric memory if every rank can have it, else point to point; and why."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from ringflash.parallel.plan import ROW_TAIL, HeadShare, Plan, make_plan
 from ringflash.parallel.transport import itinerary
@@ -363,26 +364,58 @@ def symmetric_bytes(plan: Plan, shape: Shape, backward: bool = True) -> int:
     return BUFFERS * (chunks + buffer_bytes(back, "gradients", (shape.batch, home), shape.acc_bytes))
 
 
-def extra_bytes(
-    plan: Plan, shape: Shape, *, groups: int = 1, backward: bool = True, sinks: bool = False, dlse: bool = False,
-    symmetric: bool = False,
-) -> int:  # fmt: skip
+class Frugality(NamedTuple):
+    """What a memory budget may decide: after how many rows "auto" closes a stage, and groups of heads, one after the other."""
+
+    rows: int
+    groups: int
+
+
+def frugalities(rows: int, rings: int, k_len: int, kv_heads: int, ulysses: int, auto: bool) -> tuple[Frugality, ...]:
+    """Ever thriftier ways to compute the same: first smaller stages, down to one chunk, then the heads in more groups.
+
+    rows: what "auto" fills a stage to if nothing is asked for. Members of a head exchange have their share of heads anyway.
+    """
+    chunk = -(-k_len // rings)
+    stages = [rows]
+    chunks = rings - 1
+    while auto and chunks > 1:
+        chunks //= 2
+        if (fewer := (chunks - 1) * chunk + 1) < stages[-1]:
+            stages.append(fewer)
+    divisors = [n for n in range(1, max(kv_heads, 1) + 1) if kv_heads % n == 0] if ulysses == 1 else [1]
+    return tuple(Frugality(stage, groups) for groups in divisors or [1] for stage in stages)
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What else than the plan decides how much memory a call takes."""
+
+    shape: Shape = Shape()
+    backward: bool = True
+    sinks: bool = False
+    dlse: bool = False
+    symmetric: bool = False
+    """Whether the transport holds memory of its own outside torch's allocator."""
+
+
+def extra_bytes(plan: Plan, call: Demand, groups: int = 1) -> int:
     """The most that the passes take beyond `tensor_bytes`: running state, stages, and what the transport holds.
 
     groups: of heads, computed one after the other (autograd.py). All of it is then of one group, and so are results before they
     are put where they belong.
     """
-    part = plan
+    part, shape = plan, call.shape
     if groups > 1:
         part = make_plan(replace(plan.key, heads=plan.key.heads // groups, kv_heads=plan.key.kv_heads // groups))
-    forward = forward_peak(part, shape, sinks, symmetric).total - tensor_bytes(part, shape, False)
+    forward = forward_peak(part, shape, call.sinks, call.symmetric).total - tensor_bytes(part, shape, False)
     if groups > 1:  # a group's out and lse
         forward += shape.batch * part.q_len * part.key.heads * (shape.head_dim_v * shape.dtype_bytes + shape.acc_bytes)
     most = forward
-    if backward:
-        back = backward_peak(part, shape, dlse, symmetric)
+    if call.backward:
+        back = backward_peak(part, shape, call.dlse, call.symmetric)
         most = max(most, back.total - tensor_bytes(part, shape))
         if groups > 1:  # a group's dq, dk, dv
             own = part.key.heads * shape.head_dim * part.q_len + part.key.kv_heads * shape.dims * part.k_len
             most = max(most, back.total - tensor_bytes(part, shape) + shape.batch * shape.dtype_bytes * own)
-    return max(most, 0) + (symmetric_bytes(part, shape, backward) if symmetric else 0)
+    return max(most, 0) + (symmetric_bytes(part, shape, call.backward) if call.symmetric else 0)

@@ -16,6 +16,7 @@ from ringflash.kernels import Kernel, Problem, choose
 from ringflash.mask import Mask
 from ringflash.parallel.context import ContextParallel
 from ringflash.parallel.layout import make_layout
+from ringflash.parallel.memory import Demand, Shape
 from ringflash.parallel.plan import Plan, PlanKey, Schedule, make_plan
 from ringflash.parallel.transport import Transport
 from ringflash.parallel.transport.simulated import Mailbox, Simulated
@@ -138,12 +139,19 @@ def _facts(call: Call, plan: Plan, kernel: Kernel, transport: str) -> dict[str, 
     }
 
 
-def _prepare(call: Call, cp: ContextParallel, lengths: tuple[int, int]) -> tuple[Plan, Kernel]:
-    """Plan and kernel of a call, verified with the other ranks the first time."""
+def demand(call: Call, symmetric: bool = False) -> Demand:
+    """What a memory budget must know of a call."""
+    shape = Shape(call.q_shape[0], call.q_shape[3], call.v_shape[3], call.dtype.itemsize)
+    return Demand(shape, call.needs_grad, call.sinks, call.with_lse and call.needs_grad, symmetric)
+
+
+def _prepare(call: Call, cp: ContextParallel, lengths: tuple[int, int]) -> tuple[Plan, Kernel, int]:
+    """Plan, kernel and groups of heads of a call, verified with the other ranks the first time."""
+    affordable, whose = [0], (cp.rank, call.mask, *lengths, call.q_shape[2], call.k_shape[2])
     try:
         q_len, k_len = lengths
         call.mask.check(q_len, k_len)
-        plan = cp.plan(cp.rank, call.mask, q_len, k_len, call.q_shape[2], call.k_shape[2])
+        plan = cp.plan(*whose)
         for name, local, layout in (("q", call.q_shape[1], plan.key.q_layout), ("k and v", call.k_shape[1], plan.key.k_layout)):
             if local != layout.lengths[cp.rank]:
                 raise ValueError(
@@ -151,14 +159,20 @@ def _prepare(call: Call, cp: ContextParallel, lengths: tuple[int, int]) -> tuple
                     f"{layout.lengths[cp.rank]}; shard with cp.shard (or tell the lengths with cp.for_lengths)"
                 )
         kernel = kernel_for(call, plan)
+        if cp.memory_budget is not None:
+            affordable = cp.affordable(demand(call, cp.may_share_memory(call.device)), *whose)
     except Exception as error:  # whatever it is, the other ranks must not wait for this one
         cp.agreement.refuse(error)
         raise
+    groups = 1
+    if cp.memory_budget is not None:
+        rows, groups = cp.frugalities(k_len, call.k_shape[2])[cp.afford(affordable)]
+        plan = cp.plan(*whose, rows)
     whole = "needed rows" if cp.trim else "whole chunks"
     facts = _facts(call, plan, kernel, f"{cp.transport_name}, {whole}, gaps up to {cp.max_gap} rows")
     cp.agreement.agree(facts)
     env.logger("plan").debug("%s", ", ".join(f"{name}: {value}" for name, value in facts.items()))
-    return plan, kernel
+    return plan, kernel, groups
 
 
 @overload
@@ -278,6 +292,7 @@ def _job(
         if isinstance(cp, ContextParallel):
             cp.agreement.refuse(error)
         raise
+    groups = 1
     if cp is None or lengths is None:
         plan, kernel = _alone(call)
         transport: Transport = _NOBODY
@@ -288,9 +303,9 @@ def _job(
                 del cp.agreed[next(iter(cp.agreed))]
                 cp.jobs.clear()
             cp.agreed[key] = _prepare(call, cp, lengths)
-        plan, kernel = cp.agreed[key]
+        plan, kernel, groups = cp.agreed[key]
         transport = cp.transport(q.device)
-    return Job(plan, kernel, transport, call.scale, call.softcap, call.deterministic, call.with_lse, call.needs_grad)
+    return Job(plan, kernel, transport, call.scale, call.softcap, call.deterministic, call.with_lse, call.needs_grad, groups)
 
 
 @lru_cache(maxsize=1024)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ringflash.api import check, kernel_for, row_major
+from ringflash.api import check, demand, kernel_for, row_major
 from ringflash.autograd import Attention, Job
 from ringflash.mask import Mask
 from ringflash.parallel.context import Sharding, take
@@ -31,8 +31,10 @@ class SimulatedWorld(Sharding):
         *,
         ulysses: int = 1,
         inner: int | None = None,
+        memory_budget: int | None = None,
     ) -> None:
         super().__init__(world, layout, schedule, ulysses, inner)
+        self.keep_within(memory_budget)
 
     def for_mask(self, mask: Mask) -> SimulatedWorld:
         """A view for a mask, as of ContextParallel."""
@@ -63,11 +65,16 @@ class SimulatedWorld(Sharding):
         call = check(q, k, v, mask, scale, softcap, sinks, backend, deterministic, return_lse)
         mask.check(q.shape[1], k.shape[1])
         mailbox = mailbox or Mailbox()
+        sizes = (mask, q.shape[1], k.shape[1], q.shape[2], k.shape[2])
+        ways = self.frugalities(k.shape[1], k.shape[2])
+        if self.memory_budget is not None:
+            able = [set(self.affordable(demand(call), rank, *sizes)) for rank in range(self.world)]
+            ways = ways[min(set.intersection(*able)) :]
         jobs = []
         for rank in range(self.world):
-            plan = self.plan(rank, mask, q.shape[1], k.shape[1], q.shape[2], k.shape[2])
-            transport = Simulated(mailbox, rank)
-            jobs.append(Job(plan, kernel_for(call, plan), transport, call.scale, call.softcap, deterministic, return_lse))
+            plan = self.plan(rank, *sizes, ways[0].rows)
+            rest = (call.scale, call.softcap, deterministic, return_lse, call.needs_grad, ways[0].groups)
+            jobs.append(Job(plan, kernel_for(call, plan), Simulated(mailbox, rank), *rest))
         pieces = zip(*(self.shards(row_major(x)) for x in (q, k, v)), strict=True)
         results = Attention.apply(tuple(jobs), *(x for rank in pieces for x in (*rank, sinks)))  # type: ignore[no-untyped-call]
         mailbox.assert_empty()

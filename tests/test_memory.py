@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from ringflash.autograd import Job, backward_in_groups, forward_in_groups
 from ringflash.mask import Mask
-from ringflash.parallel.memory import Peak, Shape, backward_peak, extra_bytes, forward_peak, tensor_bytes
+from ringflash.parallel.memory import Demand, Peak, Shape, backward_peak, extra_bytes, forward_peak, tensor_bytes
 from ringflash.parallel.plan import Plan, make_schedule
 from ringflash.parallel.transport import Label, Message, Transport
 from ringflash.simulated import SimulatedWorld
@@ -222,5 +222,5 @@ def test_heads_in_groups_take_what_the_formula_says(schedule: str, groups: int) 
             run_out(backward_in_groups(job, saved, dout, None))
         tensors = tensor_bytes(plan, case.shape)
         found.append(max(forward.most - tensor_bytes(plan, case.shape, backward=False), backward.most - tensors))
-        told.append(extra_bytes(plan, case.shape, groups=groups))
+        told.append(extra_bytes(plan, Demand(case.shape), groups))
     assert all(abs(a - b) <= SMALL for a, b in zip(found, told, strict=True)), (found, told)

@@ -1,0 +1,116 @@
+"""A memory budget: what it chooses, that results stay the same, and what it says when nothing fits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ringflash import ContextParallel, Mask, SimulatedWorld, attention
+from ringflash.parallel.memory import Demand, Frugality, Shape, extra_bytes, frugalities, symmetric_bytes, tensor_bytes
+from ringflash.testing import RankPool
+
+GIB = 2**30
+Ranks = Callable[[int], RankPool]
+
+
+def tensors(seqlen: int = 64) -> list[Tensor]:
+    make = torch.Generator().manual_seed(0)
+    return [torch.randn(1, seqlen, heads, 8, generator=make).requires_grad_() for heads in (8, 4, 4)]
+
+
+def test_smaller_stages_come_before_groups_of_heads() -> None:
+    assert frugalities(100, 4, 64, 4, 1, True) == (
+        Frugality(100, 1), Frugality(1, 1), Frugality(100, 2), Frugality(1, 2), Frugality(100, 4), Frugality(1, 4)
+    )  # fmt: skip
+    assert frugalities(100, 4, 64, 6, 1, False) == tuple(Frugality(100, n) for n in (1, 2, 3, 6))
+    assert frugalities(100, 2, 64, 6, 2, True) == (Frugality(100, 1),), "members of a head exchange have few heads already"
+    assert [c.rows for c in frugalities(1000, 16, 1600, 1, 1, True)] == [1000, 601, 201, 1]
+
+
+def plan_of(world: SimulatedWorld, seqlen: int, rows: int | None = None) -> Any:
+    sizes = (0, Mask.causal(), seqlen, seqlen, 32, 8)
+    return world.plan(*sizes) if rows is None else world.plan(*sizes, rows)
+
+
+def test_a_quarter_of_a_million_tokens_within_a_tenth_of_tensors_and_two_stages() -> None:
+    """4 ranks, 32 and 8 heads of 128: q, k, v, out, log-sum-exp and gradients, and two stages of two chunks, and 10 %."""
+    world = SimulatedWorld(4, "zigzag")
+    plan, demand = plan_of(world, 262_144), Demand(symmetric=True)
+    tensors, stage = tensor_bytes(plan, Shape()), max(s.rows for s in plan.steps[1:]) * 8 * 256 * 2
+    bound = 1.1 * (tensors + 2 * stage) - tensors
+    assert extra_bytes(plan, demand) > 3 * bound
+    world.keep_within(int(bound))
+    sizes = (0, Mask.causal(), 262_144, 262_144, 32, 8)
+    rows, groups = world.frugalities(262_144, 8)[world.affordable(demand, *sizes)[0]]
+    lean = world.plan(*sizes, rows)
+    assert extra_bytes(lean, demand, groups) <= bound
+    assert groups <= 4
+
+
+def test_more_groups_and_smaller_stages_take_less() -> None:
+    world = SimulatedWorld(4, "zigzag")
+    for symmetric in (False, True):
+        demand = Demand(symmetric=symmetric)
+        by_groups = [extra_bytes(plan_of(world, 65_536), demand, n) for n in (1, 2, 4, 8)]
+        by_stage = [extra_bytes(plan_of(world, 65_536, rows), demand) for rows in (10**6, 16_385, 1)]
+        assert by_groups == sorted(by_groups, reverse=True) and by_groups[3] < by_groups[0] / 6
+        assert by_stage == sorted(by_stage, reverse=True) and by_stage[2] < by_stage[0]
+    assert symmetric_bytes(plan_of(SimulatedWorld(1), 64), Shape()) == 0
+
+
+@pytest.mark.parametrize("share", [1.0, 0.7, 0.4, 0.3])
+def test_results_do_not_depend_on_the_budget(share: float) -> None:
+    q, k, v = tensors()
+    free = SimulatedWorld(4, "zigzag")
+    needs = [extra_bytes(free.plan(r, Mask.causal(), 64, 64, 8, 4), Demand(Shape(1, 8, 8, 4))) for r in range(4)]
+    bound = SimulatedWorld(4, "zigzag", memory_budget=int(share * max(needs)))
+    dout = torch.randn(1, 64, 8, 8, generator=torch.Generator().manual_seed(1))
+    expected, found = (world.attention(q, k, v, mask=Mask.causal()) for world in (free, bound))
+    assert isinstance(expected, Tensor) and isinstance(found, Tensor)
+    torch.testing.assert_close(found, expected)
+    for a, b in zip(torch.autograd.grad(found, (q, k, v), dout), torch.autograd.grad(expected, (q, k, v), dout), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_what_cannot_be_is_refused_with_the_numbers() -> None:
+    with pytest.raises(
+        ValueError, match=r"memory_budget=1000 bytes is too small: .* takes \d+ bytes on rank 0 .* and \d+ at full"
+    ):
+        SimulatedWorld(4, memory_budget=1000).attention(*tensors(), mask=Mask.causal())
+    for wrong in (0, -1, 2.5, "2GiB"):
+        with pytest.raises(ValueError, match="positive number of bytes"):
+            SimulatedWorld(4, memory_budget=wrong)  # type: ignore[arg-type]
+
+
+def attend(rank: int, budgets: list[int | None]) -> tuple[str, str]:
+    """The schedule and groups of a call under a rank's budget, or its error; and the sum of out."""
+    cp = ContextParallel(memory_budget=budgets[rank], timeout_s=60.0)
+    q, k, v = (cp.shard(x.detach()).requires_grad_() for x in tensors())
+    try:
+        out = attention(q, k, v, mask=Mask.causal(), cp=cp)
+    except ValueError as error:
+        return "ValueError", str(error)
+    torch.autograd.grad(out, (q, k, v), out.detach())
+    (job,) = cp.jobs.values()
+    full = attention(*tensors(), mask=Mask.causal())
+    assert (cp.unshard(out.detach()) - full).abs().max() < 1e-5
+    return str(job.plan.key.schedule), str(job.groups)
+
+
+def test_ranks_choose_together(ranks: Ranks) -> None:
+    roomy, tight = (set(ranks(3).run(attend, [n] * 3)) for n in (GIB, 15_000))
+    assert len(roomy) == len(tight) == 1
+    assert roomy.pop()[1] == "1" and tight.pop()[1] in ("2", "4")
+
+
+def test_ranks_that_differ_in_their_budget_are_told(ranks: Ranks) -> None:
+    answers = ranks(3).run(attend, [GIB, GIB, 2 * GIB])
+    assert {kind for kind, _ in answers} == {"ValueError"}
+    assert all("disagree on memory_budget" in text and "rank 2: 2147483648" in text for _, text in answers)
+    assert {kind for kind, _ in ranks(3).run(attend, [GIB, None, GIB])} == {"ValueError"}
+    answers = ranks(3).run(attend, [100] * 3)
+    assert all("memory_budget=100 bytes is too small" in text for _, text in answers)
