@@ -47,16 +47,18 @@ class P2P(Transport):
     def post(self, label: Label, sends: Sequence[Message], receives: Sequence[Message]) -> Pending:
         # Pairs must list their messages in the same order on both sides; across pairs any order will do.
         group = self.far if label.far else self.group
-        ops = [dist.P2POp(dist.isend, m.tensor, group=group, group_peer=m.peer) for m in sends]
-        ops += [dist.P2POp(dist.irecv, m.tensor, group=group, group_peer=m.peer) for m in receives]
+        # Receives come first: gloo tells a peer so over the connection that its own data fills, and two that send each other
+        # something would else do it one after the other.
+        ops = [dist.P2POp(dist.irecv, m.tensor, group=group, group_peer=m.peer) for m in receives]
+        ops += [dist.P2POp(dist.isend, m.tensor, group=group, group_peer=m.peer) for m in sends]
         if not ops:
             return Works(self, label, [], [], [])
-        peers = [m.peer for m in (*sends, *receives)]
+        peers = [m.peer for m in (*receives, *sends)]
         try:
             works = dist.batch_isend_irecv(ops)
         except RuntimeError as error:
             raise failure(self.rank, label, sorted(set(peers)), self.timeout_s, 0.0, error, self.ask) from error
-        return Works(self, label, works, peers, [m.tensor for m in (*sends, *receives)])
+        return Works(self, label, works, peers, [m.tensor for m in (*receives, *sends)])
 
 
 class Works:

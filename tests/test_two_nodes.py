@@ -1,0 +1,214 @@
+"""Two nodes on one machine: network namespaces with two gloo ranks each, joined by a shaped link.
+
+Kernels sleep here instead of computing, so that the time of a pass is that of its schedule and not of the cores it shares.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ringflash import ContextParallel, Mask
+from ringflash.autograd import Job, Saved, backward_loop, forward_loop, take_turns
+from ringflash.parallel.plan import Plan, Post, Schedule, row_bytes
+from ringflash.slices import Slices
+from ringflash.testing import Case, RankPool, objections_on_ranks
+
+WORLD, NODE = 4, 2
+RATE = 160_000_000
+"""Bits per second of the link, in each direction."""
+HEADS, HEAD_DIM = 32, 128
+ROWS = 64
+"""Of a rank: its keys and values are 2 MiB, 110 ms of the link."""
+
+CLONE_NEWNET = 0x40000000
+
+
+def shell(command: str) -> None:
+    subprocess.run(command, shell=True, check=True, capture_output=True)
+
+
+def _missing() -> str:
+    """Why this machine cannot join two namespaces by a shaped link; empty if it can."""
+    if os.geteuid() != 0:
+        return "needs root, to make network namespaces"
+    if not (shutil.which("ip") and shutil.which("tc")):
+        return "needs `ip` and `tc` (iproute2)"
+    try:
+        with shaped_link():
+            return ""
+    except subprocess.CalledProcessError as error:
+        return f"needs network namespaces, veth and tbf: {error.stderr.decode().strip()}"
+
+
+@contextlib.contextmanager
+def shaped_link() -> Iterator[tuple[str, str]]:
+    """Names of two network namespaces, each with one interface, "node", to the other, that lets RATE through."""
+    names = f"ringflash{os.getpid()}a", f"ringflash{os.getpid()}b"
+    try:
+        for name in names:
+            shell(f"ip netns add {name}")
+        shell(f"ip link add name node netns {names[0]} type veth peer name node netns {names[1]}")
+        for i, name in enumerate(names):
+            shell(f"ip -n {name} addr add 10.77.0.{i + 1}/24 dev node")
+            for interface in ("lo", "node"):
+                shell(f"ip -n {name} link set {interface} up")
+            # What is under way at a time is bounded, else the queue grows faster than TCP learns of it, and it sends again.
+            bounds = " ".join(f'net.ipv4.tcp_{x}mem="4096 65536 262144"' for x in "rw")
+            shell(f"ip netns exec {name} sysctl -w net.ipv4.tcp_congestion_control=reno {bounds}")
+            shell(f"tc -n {name} qdisc add dev node root tbf rate {RATE} burst 64kb limit 64mb")
+        yield names
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[RankPool]:
+    """Ranks 0 and 1 in one namespace, 2 and 3 in the other; ``GROUP`` of each talks over these."""
+    missing = _missing()
+    if missing:
+        pytest.skip(missing)
+    with shaped_link() as names, RankPool(WORLD) as pool:
+        pool.run(enter, names)
+        yield pool
+
+
+GROUP: dist.ProcessGroup | None = None
+
+
+def enter(rank: int, names: tuple[str, str]) -> None:
+    """Moves this rank into its node's namespace and makes a group there."""
+    global GROUP
+    libc = ctypes.CDLL(None, use_errno=True)
+    with open(f"/run/netns/{names[rank // NODE]}") as namespace:
+        if libc.setns(namespace.fileno(), CLONE_NEWNET):
+            raise OSError(ctypes.get_errno(), "setns")
+    os.environ["GLOO_SOCKET_IFNAME"] = "node"
+    GROUP = dist.new_group(backend="gloo")
+
+
+def link_MBps(rank: int, nbytes: int, repeats: int) -> float:  # noqa: N802 (a unit)
+    """What one direction of the link carries at its best while both are busy, with so many bytes from each rank at a time."""
+    other = (rank + NODE) % WORLD
+    sent, received = torch.zeros(nbytes, dtype=torch.uint8), torch.zeros(nbytes, dtype=torch.uint8)
+    best = 0.0
+    for _ in range(repeats):
+        begin = together()
+        ops = [dist.P2POp(kind, x, group=GROUP, group_peer=other) for kind, x in ((dist.irecv, received), (dist.isend, sent))]
+        for work in dist.batch_isend_irecv(ops):
+            work.wait()
+        best = max(best, NODE * nbytes / slowest(begin) / 1e6)
+    return best
+
+
+def together() -> float:
+    """The time, once all ranks are here."""
+    dist.barrier(group=GROUP)
+    return time.monotonic()
+
+
+def slowest(begin: float) -> float:
+    """Seconds that the slowest rank took since it began."""
+    seconds = torch.tensor(time.monotonic() - begin)
+    dist.all_reduce(seconds, dist.ReduceOp.MAX, group=GROUP)
+    return seconds.item()
+
+
+class Sleeper:
+    """A kernel that takes its time and leaves the cores to others."""
+
+    name = "sleeper"
+    takes_delta = True
+
+    def __init__(self, pair_s: float) -> None:
+        self.pair_s = pair_s
+
+    def refuses(self, problem: object) -> str | None:
+        return None
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, slices: Slices, *, carry: Any = None, **_: Any) -> Any:
+        time.sleep(self.pair_s * slices.area())
+        return carry or (torch.zeros(*q.shape[:3], v.shape[3]), torch.zeros(q.shape[0], q.shape[2], q.shape[1]))
+
+    def backward(self, *tensors: Tensor | Slices | None, **_: Any) -> None:
+        slices = tensors[7]
+        assert isinstance(slices, Slices)
+        time.sleep(self.pair_s * slices.area())
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A rank's passes: seconds of the slowest rank in the fastest one, and bytes that this rank sends over the shaped link."""
+
+    seconds: float
+    nbytes: int
+
+
+def passes(rank: int, schedule: Schedule, backward: bool, compute_s: float, repeats: int) -> Pass:
+    cp = ContextParallel(GROUP, "contiguous", schedule, transport="p2p")
+    plan = cp.plan(rank, Mask.full(), WORLD * ROWS, WORLD * ROWS, HEADS, HEADS)
+    job = Job(plan, Sleeper(compute_s / plan.area), cp.transport(torch.device("cpu")), 1.0, 0.0, False)  # type: ignore[arg-type]
+    q, k, v = (torch.zeros(1, ROWS, HEADS, HEAD_DIM) for _ in range(3))
+    saved = Saved(q, k, v, q, torch.zeros(1, HEADS, ROWS), None)
+    best = float("inf")
+    for _ in range(repeats):
+        begin = together()
+        take_turns([backward_loop(job, saved, q, None) if backward else forward_loop(job, q, k, v, None)])
+        best = min(best, slowest(begin))
+    if not backward:
+        return Pass(best, crossing(plan, plan.posts) * HEADS * 2 * HEAD_DIM * 4)
+    back = plan.backward(HEAD_DIM, HEAD_DIM, 4)
+    row = row_bytes(back, back.key.travels, HEAD_DIM, HEAD_DIM, 4)
+    return Pass(best, crossing(back, back.posts) * row.out + crossing(back, back.homes) * row.home)
+
+
+def crossing(plan: Plan, slots: tuple[tuple[Post, ...], ...]) -> int:
+    """Rows that a rank sends to the other node."""
+    away = [t for posts in slots for post in posts for t in post.transfers if t.source == plan.rank]
+    return sum(stop - start for t in away if t.source // NODE != t.dest // NODE for start, stop in t.ranges)
+
+
+@pytest.mark.parametrize("compute_s", [0.04, 0.8], ids=["bound by the link", "bound by computing"])
+@pytest.mark.parametrize(
+    ("backward", "travels"), [(False, "kv"), (True, "kv"), (True, "q")], ids=["forward", "backward", "turned"]
+)
+def test_a_double_ring_takes_as_long_as_the_slow_link_or_as_computing(
+    nodes: RankPool, backward: bool, travels: str, compute_s: float
+) -> None:
+    """Within 10 % of max(compute, bytes that cross the slow link / its speed); a ring moves twice as much over it."""
+    ring = Schedule("ring", travels=travels)
+    double = Schedule("double_ring", inner=NODE, pieces=4, travels=travels)
+    speed = max(nodes.run(link_MBps, 2 << 20, 3))
+    found = nodes.run(passes, double, backward, compute_s, 3)
+    nbytes = sum(one.nbytes for one in found[:NODE])
+    least = max(compute_s, nbytes / speed / 1e6)
+    plain = nodes.run(passes, ring, backward, compute_s, 2)
+    assert sum(one.nbytes for one in plain[:NODE]) == 2 * nbytes
+    assert found[0].seconds < 1.1 * least, f"at least {least:.3f} s at {speed:.1f} MB/s; a ring takes {plain[0].seconds:.3f} s"
+    if least > compute_s:
+        assert plain[0].seconds > 1.5 * found[0].seconds
+
+
+def test_results_are_those_of_one_device(nodes: RankPool) -> None:
+    """Real kernels; what goes from node to node has connections of its own, and these were made over the shaped link."""
+    cases = [
+        Case(schedule="double_ring", inner=NODE, pieces=pieces, travels=travels, mask=mask, transport="p2p")
+        for mask in ("causal()", "causal(window=9)")
+        for pieces in (1, 3)
+        for travels in ("kv", "q")
+    ]
+    wrong = objections_on_ranks(nodes, cases)
+    assert not wrong, "\n".join(wrong)
