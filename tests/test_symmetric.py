@@ -7,21 +7,25 @@ tells pass and rank; what arrives is read on the computing stream, as a kernel w
 
 from __future__ import annotations
 
+import ctypes
 import random
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor
 
 from ringflash.mask import Mask
-from ringflash.parallel.plan import Plan
+from ringflash.parallel.plan import Plan, make_schedule
 from ringflash.parallel.transport import Label, Message
+from ringflash.parallel.transport.simulated import Mailbox, Simulated
 from ringflash.parallel.transport.symmetric import Op, Shared, Symmetric
 from ringflash.simulated import SimulatedWorld
+from ringflash.testing import Case, draw
+from ringflash.testing.runs import judge_of, simulate
 
 
 class DeadlockError(AssertionError):
@@ -309,8 +313,10 @@ def passes(there: World, ranks: list[Rank], seqlen: int, count: int) -> None:
     for _ in range(count):
         mask = Mask.causal() if one_way else choice.choice(MASKS[:3] if seqlen != 64 else MASKS)
         layout = "contiguous" if one_way else choice.choice(("zigzag", "contiguous"))
-        world = SimulatedWorld(len(ranks), layout, choice.choice(SCHEDULES))
         backward = choice.random() < (0.2 if one_way else 0.5)
+        name = choice.choice(SCHEDULES)
+        pieces = 1 if backward else choice.choice((1, 1, 3))
+        world = SimulatedWorld(len(ranks), layout, replace(make_schedule(name, len(ranks)), pieces=pieces))
         width = choice.randint(1, 3)
         order.append(([world.plan(r, mask, seqlen, seqlen, 1, 1) for r in range(len(ranks))], width, backward))
 
@@ -403,7 +409,14 @@ class DoesNotWaitForItsOwnSignals(Symmetric):
         return pending
 
 
+class LeavesAfterTheFirstPiece(Symmetric):
+    def open(self, what: str, *args: Any) -> None:
+        super().open(what, *args)
+        self.lanes[what].reads = defaultdict(lambda: 1)
+
+
 BUGS = (
+    LeavesAfterTheFirstPiece,
     NeverWaitsForReaders,
     NeverWaitsForTheOwner,
     LeavesBeforeItCopies,
@@ -474,3 +487,143 @@ def test_a_capture_makes_no_buffers() -> None:
     ranks[0].gpu.capture()
     with pytest.raises(ValueError, match="once before capturing"):
         ranks[0].transport.open("chunks", plan, (1, 1), torch.int32, torch.device("cpu"))
+
+
+# ---- whole passes --------------------------------------------------------------------------------------------------------------
+
+
+class EagerGpu:
+    """One rank's GPU without any delay: the computing stream is the host, and runs other streams as far as it must wait for them.
+
+    So the real loops run over the transport as in a simulated world, in one thread.
+    """
+
+    def __init__(self, rank: int, world: int, memory: list[list[Tensor]], log: list[tuple[int, int]]) -> None:
+        self.rank, self.world, self.memory, self.log = rank, world, memory, log
+        self.shared = 0
+
+    def share(self, size: int) -> Shared:
+        if len(self.memory) == self.shared:
+            self.memory.append([torch.zeros(size, dtype=torch.uint8) for _ in range(self.world)])
+        parts = self.memory[self.shared]
+        self.log.append((self.rank, self.shared))
+        self.shared += 1
+        assert parts[self.rank].numel() == size, "ranks make buffers of different sizes"
+        return Shared(parts[self.rank], tuple(x.data_ptr() for x in parts))
+
+    def stream(self) -> deque[Work]:
+        return deque()
+
+    def current(self) -> None:
+        return None
+
+    def synchronize(self) -> None:
+        return None
+
+    def capturing(self) -> bool:
+        return False
+
+    def put(self, stream: deque[Work] | None, work: Work) -> Work:
+        if stream is not None:
+            stream.append(work)
+            return work
+        EagerGpu.run_until(lambda: work.may() and all(w.done for w in work.after))
+        work.run()
+        work.done = True
+        return work
+
+    streams: ClassVar[list[deque[Work]]] = []
+    """Of all ranks."""
+
+    @staticmethod
+    def run_until(reached: Callable[[], bool]) -> None:
+        while not reached():
+            able = [s for s in EagerGpu.streams if s and s[0].may() and all(w.done for w in s[0].after)]
+            if not able:
+                raise DeadlockError("the computing stream waits for ever")
+            work = able[0].popleft()
+            work.run()
+            work.done = True
+
+    def mark(self, stream: deque[Work] | None) -> Work:
+        return self.put(stream, Work())
+
+    def wait(self, stream: deque[Work] | None, event: Work) -> None:
+        self.put(stream, Work(after=[event]))
+
+    def pack(self, ops: Sequence[Op]) -> list[Op]:
+        return list(ops)
+
+    def issue(self, stream: deque[Work] | None, packed: list[Op]) -> None:
+        for op in packed:
+            word = ctypes.c_uint32.from_address(op.address)
+            if op.wait:
+                self.put(stream, Work(may=lambda word=word, op=op: word.value == op.value))  # type: ignore[misc]
+            else:
+                self.put(stream, Work(run=lambda word=word, op=op: setattr(word, "value", op.value)))  # type: ignore[misc]
+
+    def copy(self, stream: deque[Work], target: Tensor, source: int) -> None:
+        assert target.is_contiguous()
+        self.put(stream, Work(run=lambda: ctypes.memmove(target.data_ptr(), source, target.nbytes) and None))
+
+    def begun(self) -> None:
+        return None
+
+    def watch(self, label: Label, peers: Sequence[int], begun: None) -> None:
+        return None
+
+
+class EagerWorld:
+    """Takes the place of `Simulated` in a simulated world: transports of one call share their memory and heads' mailbox."""
+
+    def __init__(self) -> None:
+        self.mailbox: Mailbox | None = None
+        self.logs: list[list[tuple[int, int]]] = []
+        self.opened = 0
+
+    def __call__(self, mailbox: Mailbox, rank: int) -> Symmetric:
+        if mailbox is not self.mailbox:
+            self.mailbox, self.memory = mailbox, []
+            self.logs.append([])
+            EagerGpu.streams.clear()
+        gpu = EagerGpu(rank, self.world, self.memory, self.logs[-1])
+        transport = Symmetric(gpu, Simulated(mailbox, rank))  # type: ignore[arg-type]
+        for lane in transport.lanes.values():
+            EagerGpu.streams += [lane.copies, lane.signals]
+        return transport
+
+    world = 1
+
+    def check(self) -> None:
+        """All ranks made the same buffers, and nothing is left under way."""
+        for log in self.logs:
+            made = [[n for r, n in log if r == rank] for rank in range(self.world)]
+            assert all(m == made[0] for m in made), f"ranks that make buffers alone would wait for ever: {made}"
+        EagerGpu.run_until(lambda: not any(EagerGpu.streams))
+
+
+def over_symmetric_memory(case: Case) -> list[str]:
+    """What is wrong with a case's results over symmetric memory."""
+    there = EagerWorld()
+    there.world = case.world
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ringflash.simulated.Simulated", there)
+        results = simulate(case)
+    there.check()
+    return [f"{case!r}: {text}" for text in judge_of(case).objections(results)]
+
+
+def symmetric_case(seed: int, world: int) -> Case | None:
+    """A drawn case, or None for one that passes chunks on."""
+    case = draw(seed, worlds=(world,))
+    return None if case.inner is not None and case.inner > 1 else case
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 8])
+def test_drawn_passes_over_symmetric_memory(world: int) -> None:
+    """Those that tests/multigpu draws, and more."""
+    wrong = []
+    for seed in range(200_000 + world * 100, 200_000 + world * 100 + 60):
+        if (case := symmetric_case(seed, world)) is not None:
+            wrong += over_symmetric_memory(case)
+    assert not wrong, "\n".join(wrong)

@@ -18,6 +18,9 @@ Two flags for every kind, buffer and pair of owner and reader make reuse safe. T
              computing stream   waits for "signalled" before the pass ends, and so before it looks at BUSY again
     reader   copy stream        wait READY == 1; READY = 0; copy; BUSY = 0 at the owner
 
+What a reader fetches from one buffer in several posts (a chunk in pieces) counts as one read: the owner signals with the first
+post, when all of the chunk is complete already, and the reader waits before its first copy and leaves after its last.
+
 READY is set again only after the owner saw BUSY == 0, which the reader wrote after READY = 0: no signal is lost or seen twice. Of
 two passes with one buffer each, the later one's READY is another flag, so that an owner may be one pass ahead of its reader.
 No host knows the flags' values and none are written into an operation but 0 and 1, so a captured CUDA graph may be replayed any
@@ -30,7 +33,8 @@ are made.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
@@ -42,7 +46,7 @@ from torch import Tensor
 
 from ringflash.parallel import trace
 from ringflash.parallel.plan import Plan
-from ringflash.parallel.transport import Label, Message, Pending, Transport
+from ringflash.parallel.transport import Label, Message, Pending, Transport, itinerary
 from ringflash.parallel.transport.p2p import P2P
 from ringflash.parallel.watchdog import reached, watch
 
@@ -171,6 +175,11 @@ class _Lane:
     """Whether a CUDA graph knows the buffers."""
     complete: list[Any] = field(default_factory=lambda: [None] * BUFFERS)
     """When what was written since the last lease is complete, by buffer."""
+    told: list[set[int]] = field(default_factory=lambda: [set() for _ in range(BUFFERS)])
+    """Who was told to read it since then, by buffer."""
+    reads: Mapping[tuple[int, int], int] = field(default_factory=dict)
+    """In how many posts of this pass something comes, by the buffer's step and peer; and how many of them were posted."""
+    begun: Counter[tuple[int, int]] = field(default_factory=Counter)
     views: dict[Any, Tensor] = field(default_factory=dict)
     packed: dict[Any, Any] = field(default_factory=dict)
 
@@ -222,6 +231,8 @@ class Symmetric(Transport):
             lane.size = size
             lane.views.clear()
         lane.captured |= capturing
+        lane.reads = _reads(plan, what)
+        lane.begun.clear()
 
     def _index(self, label: Label) -> int:
         """Which of the buffers a post is about; both sides know it."""
@@ -241,6 +252,7 @@ class Symmetric(Transport):
         trace.end(trace.WAIT, label.step, peer=-2)
         self.gpu.watch(label, self.others, begun)
         lane.complete[index] = None
+        lane.told[index].clear()
         key = (index, shape, dtype)
         if key not in lane.views:
             lane.views[key] = lane.shared.memory[index * lane.size : index * lane.size + n].view(dtype).view(shape)
@@ -273,8 +285,9 @@ class Symmetric(Transport):
         gpu, lane, index = self.gpu, self.lanes[label.what], self._index(label)
         main, signals = gpu.current(), lane.signals
         signalled, done = None, None
-        if sends:
-            ops = self._ops(lane, "signal", index, tuple(dict.fromkeys(m.peer for m in sends)))
+        if news := tuple(dict.fromkeys(m.peer for m in sends if m.peer not in lane.told[index])):
+            lane.told[index].update(news)
+            ops = self._ops(lane, "signal", index, news)
             if gpu.capturing():
                 gpu.issue(main, ops)
             else:  # a chunk is complete since its first post; later readers need not wait for more
@@ -285,21 +298,29 @@ class Symmetric(Transport):
                 gpu.issue(signals, ops)
                 signalled = gpu.mark(signals)
         if receives:
-            assert lane.shared is not None
             gpu.wait(lane.copies, gpu.mark(main))  # the memory being filled may have been in use until now
             for peer in dict.fromkeys(m.peer for m in receives):
-                trace.begin(trace.WAIT, label.step, peer, label.what, lane.copies)
-                gpu.issue(lane.copies, self._ops(lane, "arrive", index, (peer,)))
-                trace.end(trace.WAIT, label.step, peer, label.what, lane.copies)
-                trace.begin(trace.COPY, label.step, peer, label.what, lane.copies)
-                begin = lane.shared.addresses[peer] + index * lane.size
-                for m in receives:
-                    if m.peer == peer:
-                        gpu.copy(lane.copies, m.tensor, begin + m.row * (m.tensor.nbytes // m.tensor.shape[0]))
-                trace.end(trace.COPY, label.step, peer, label.what, lane.copies)
-                gpu.issue(lane.copies, self._ops(lane, "leave", index, (peer,)))
+                self._read(lane, label, index, peer, [m for m in receives if m.peer == peer])
             done = gpu.mark(lane.copies)
         return _Pull(self, label, signalled, done, receives)
+
+    def _read(self, lane: _Lane, label: Label, index: int, peer: int, messages: list[Message]) -> None:
+        """Copies of one post from one peer."""
+        gpu, stream = self.gpu, lane.copies
+        assert lane.shared is not None
+        which = (label.step if label.what == "gradients" else 0, peer)
+        lane.begun[which] += 1
+        if lane.begun[which] == 1:
+            trace.begin(trace.WAIT, label.step, peer, label.what, stream)
+            gpu.issue(stream, self._ops(lane, "arrive", index, (peer,)))
+            trace.end(trace.WAIT, label.step, peer, label.what, stream)
+        trace.begin(trace.COPY, label.step, peer, label.what, stream)
+        begin = lane.shared.addresses[peer] + index * lane.size
+        for m in messages:
+            gpu.copy(stream, m.tensor, begin + m.row * (m.tensor.nbytes // m.tensor.shape[0]))
+        trace.end(trace.COPY, label.step, peer, label.what, stream)
+        if lane.begun[which] == lane.reads[which]:
+            gpu.issue(stream, self._ops(lane, "leave", index, (peer,)))
 
 
 class _Pull:
@@ -329,3 +350,15 @@ def buffer_bytes(plan: Plan, what: str, row: tuple[int, int], itemsize: int) -> 
     rows = plan.longest_chunk() if what == "chunks" else plan.longest_stage()
     heads = plan.most_heads()
     return -(-rows * row[0] * heads * row[1] * itemsize // 1024) * 1024
+
+
+@lru_cache(maxsize=1024)
+def _reads(plan: Plan, what: str) -> Mapping[tuple[int, int], int]:
+    """In how many posts of a pass a rank reads a peer's buffer: by the step whose gradients lie there (0: chunks) and peer."""
+    slots = itinerary(plan, pulls=True).posts if what == "chunks" else itinerary(plan, pulls=True).homes
+    return Counter(
+        (moves.label.step if what == "gradients" else 0, peer)
+        for slot in slots
+        for moves in slot
+        for peer in {leg.peer for leg in moves.receives}
+    )
