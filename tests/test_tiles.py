@@ -150,3 +150,22 @@ def test_random_tables(data: st.DataObject) -> None:
     expected = visibility(rows, q_len, k_len).astype(np.int64)
     assert (covered(tiles.forward_table(slices, q_len, k_len, *tile), q_len, k_len) == expected).all()
     assert (covered(tiles.backward_table(slices, q_len, k_len, *tile), k_len, q_len) == expected.T).all()
+
+
+@pytest.mark.parametrize(
+    ("settled", "whole", "items"),
+    [
+        (((0, 128), (384, 500)), True, {0: 1, 1: 0, 2: 0, 3: 1}),
+        (((0, 128), (384, 500)), False, {0: 1, 2: 0, 3: 1}),
+        ((), False, {2: 0}),
+        ((), True, {0: 0, 1: 0, 2: 0, 3: 0}),
+    ],
+)
+def test_settled_row_tiles(settled: tiles.Ranges, whole: bool, items: dict[int, int]) -> None:
+    """Row tiles that settle are marked; those that neither settle nor see anything can be left out."""
+    slices = Slices.from_rows([(300, 310, 0, 640, -OPEN, OPEN)])
+    table = tiles.forward_table(slices, 500, 640, 128, 128, settled, whole)
+    assert {int(i[tiles.ROW_TILE]): int(i[tiles.SETTLED]) for i in table.items} == items
+    assert table.tiles == 5 and int(table.items[0, tiles.ROW_TILE]) == 2, "longest first"
+    with pytest.raises(AssertionError, match="inside a tile"):
+        tiles.forward_table(slices, 500, 640, 128, 128, ((0, 100),), whole)

@@ -26,7 +26,7 @@ namespace ringflash {
 namespace record {
 constexpr int kQTile = 0, kTiles = 1, kRunBegin = 2, kRunEnd = 3;                        // item
 constexpr int kKeyTile = 4, kKeyTileEnd = 5, kExtraBegin = 6, kExtraEnd = 7, kBand = 8;  // run; kExtraBegin < 0: full, no mask
-constexpr int kMaskedTiles = 14;                                                         // item; the masked ones come first
+constexpr int kMaskedTiles = 14, kSettled = 15;  // item; the masked ones come first; whether RF_FINISH_SETTLED finishes it
 constexpr int kWords = 16, kExtraWords = 8;
 }  // namespace record
 
@@ -40,7 +40,8 @@ struct ForwardParams {
   RfStrides out_strides, acc_strides, lse_in_strides, lse_strides;
   int q_tiles, q_len, head_dim_v;
   uint32_t heads, heads_per_kv_head, batch_heads, heads_per_group, items_in_all;
-  bool carry, finish;     // acc is read; out is written rather than acc
+  bool carry;             // acc is read
+  int finish;             // RfFinish
   float scale_log2;       // scores are multiplied by this and exponentiated to base 2
   float two_log2e_scale;  // with softcap: 2 log2(e) scale / softcap
 };
@@ -52,7 +53,10 @@ __device__ __forceinline__ int64_t offset(const RfStrides& strides, int b, int r
 struct Item {
   int q_tile;           // negative: no more work
   uint32_t batch_head;  // head | batch << 16
-  int tiles, masked;    // tiles of keys, how many of them (the first ones) are masked
+  int tiles;            // of keys
+  uint32_t flags;       // finish | masked tiles (the first ones) << 1
+  __device__ __forceinline__ int masked() const { return flags >> 1; }
+  __device__ __forceinline__ bool finish() const { return flags & 1; }  // into out rather than acc
 };
 
 template <class Tile>
@@ -118,8 +122,8 @@ __device__ __forceinline__ void produce(ForwardShared<Tile>& s, const CUtensorMa
   while (index < p.items_in_all) {
     const uint32_t b = batch_head / p.heads, h = batch_head - b * p.heads;
     const uint32_t kv_place = h / p.heads_per_kv_head | b << 16;
-    const int q_tile = word(rec, kQTile), tiles = word(rec, kTiles), run_end = word(rec, kRunEnd),
-              masked = word(rec, kMaskedTiles);
+    const int q_tile = word(rec, kQTile), tiles = word(rec, kTiles), run_end = word(rec, kRunEnd), settled = word(rec, kSettled);
+    const uint32_t flags = word(rec, kMaskedTiles) << 1 | (p.finish == RF_FINISH_SETTLED ? settled : p.finish);
     const auto load_k = [&](int tile) {
       ptx::mbarrier_wait(&s.k_free[k.at], k.parity);
       if (lane == 0) {
@@ -136,7 +140,11 @@ __device__ __forceinline__ void produce(ForwardShared<Tile>& s, const CUtensorMa
       const int row = part * kPartRows;
       ptx::mbarrier_wait(&s.q_free[q.at][part], q.parity);
       if (lane == 0) {
-        s.item[q.at][part] = {q_tile, h | (b << 16), tiles, masked};
+        s.item[q.at][part] = {q_tile, h | (b << 16), tiles, flags};
+        if (tiles == 0) {
+          ptx::mbarrier_arrive(&s.q_ready[q.at][part]);
+          continue;
+        }
         ptx::mbarrier_arrive_expect(&s.q_ready[q.at][part], sizeof(s.q[0]) / Tile::kQParts);
 #pragma unroll
         for (int c = 0; c < Tile::kPanels; c++)
@@ -392,18 +400,32 @@ __device__ __forceinline__ void consume(ForwardShared<Tile>& s, const CUtensorMa
   };
   // Rows that see nothing in this launch: 0 and -inf (their sink), or what was carried in.
   const auto write_empty = [&](const Item& item) {
-    const int row = item.q_tile * kRows + (local_row & ~15) + lane / 2;
-    if (row >= p.q_len || (p.carry && !p.finish)) return;
+    if (p.carry && !item.finish()) return;
+    const int first = item.q_tile * kRows + w * 64 + warp * 16;  // of the warp's 16 rows
+    constexpr int kBatch = 8;                                    // rows in flight
 #pragma unroll 1
-    for (int j = (lane & 1) * 4; j < p.head_dim_v; j += 8) {
-      float4 x = make_float4(0.f, 0.f, 0.f, 0.f);
-      if (p.carry) x = *reinterpret_cast<const float4*>(acc_row(item, row) + j);
-      if (p.finish)
-        *reinterpret_cast<uint2*>(out_row(item, row) + j) = make_uint2(ptx::pack<T>(x.x, x.y), ptx::pack<T>(x.z, x.w));
-      else
-        *reinterpret_cast<float4*>(acc_row(item, row) + j) = x;
+    for (int r = first; r < min(first + 16, p.q_len); r += kBatch) {
+#pragma unroll 1
+      for (int j = lane * 4; j < p.head_dim_v; j += 128) {
+        float4 x[kBatch];
+#pragma unroll
+        for (int e = 0; e < kBatch; e++) {
+          x[e] = make_float4(0.f, 0.f, 0.f, 0.f);
+          if (p.carry && r + e < p.q_len) x[e] = __ldcs(reinterpret_cast<const float4*>(acc_row(item, r + e) + j));
+        }
+#pragma unroll
+        for (int e = 0; e < kBatch; e++) {
+          if (r + e >= p.q_len) continue;
+          if (item.finish())
+            *reinterpret_cast<uint2*>(out_row(item, r + e) + j) =
+                make_uint2(ptx::pack<T>(x[e].x, x[e].y), ptx::pack<T>(x[e].z, x[e].w));
+          else
+            *reinterpret_cast<float4*>(acc_row(item, r + e) + j) = x[e];
+        }
+      }
     }
-    if ((lane & 1) == 0)
+    const int row = first + lane;
+    if (lane < 16 && row < p.q_len)
       p.lse[lse_at(item, p.lse_strides, row)] = p.lse_in ? p.lse_in[lse_at(item, p.lse_in_strides, row)] : -INFINITY;
   };
   const auto store_staged = [&](const Item& item, float i0, float i1) {
@@ -478,7 +500,7 @@ __device__ __forceinline__ void consume(ForwardShared<Tile>& s, const CUtensorMa
       if (row + 8 < p.q_len) p.lse[lse_at(item, p.lse_strides, row + 8)] = softmax.lse(1);
     }
     const float i0 = softmax.inverse(0), i1 = softmax.inverse(1);
-    if (!p.finish)
+    if (!item.finish())
       store_float(item, i0, i1);
     else if constexpr (Tile::kStagedStore)
       store_staged(item, i0, i1);
@@ -533,17 +555,17 @@ __device__ __forceinline__ void consume(ForwardShared<Tile>& s, const CUtensorMa
       load_accumulator(item);
       ptx::wgmma_wait<0>();
       ptx::pin(x);
-      if (item.masked > 0) read_intervals(upper, lower);
+      if (item.masked() > 0) read_intervals(upper, lower);
       free_q_after(item.tiles == 1);
       free_k();
-      scores_to_weights(x, item.masked > 0, upper, lower);
+      scores_to_weights(x, item.masked() > 0, upper, lower);
       pack(x);
       start_accumulator();
     }
     for (;;) {
       int i = 1;
 #pragma unroll 1
-      for (; i < item.masked; i++) step(std::true_type{}, i + 1 == item.tiles);
+      for (; i < item.masked(); i++) step(std::true_type{}, i + 1 == item.tiles);
 #pragma unroll 1
       for (; i < item.tiles; i++) step(std::false_type{}, i + 1 == item.tiles);
       // The seam: the next item's first S and this one's last PV together; the store runs under the other warpgroup's products.
@@ -580,14 +602,14 @@ __device__ __forceinline__ void consume(ForwardShared<Tile>& s, const CUtensorMa
       ptx::pin(x);
       ptx::pin(o);
       ptx::pin(probabilities);
-      if (item.masked > 0) read_intervals(upper, lower);
+      if (item.masked() > 0) read_intervals(upper, lower);
       free_q_after(item.tiles == 1);
       free_k();
       free_v();
       store(done);
       start_statistics(lse);
       load_accumulator(item);
-      scores_to_weights(x, item.masked > 0, upper, lower);
+      scores_to_weights(x, item.masked() > 0, upper, lower);
       pack(x);
       start_accumulator();
     }

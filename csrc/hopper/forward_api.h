@@ -9,13 +9,20 @@ enum RfCarry {
   RF_CARRY_SINKS = 2,    // (0, lse_in): attention sinks, with strides 0 along batch and sequence
 };
 
+/// Where the rows go.
+enum RfFinish {
+  RF_FINISH_NONE = 0,     // all into acc, in float32
+  RF_FINISH_ALL = 1,      // all into out, in `dtype`
+  RF_FINISH_SETTLED = 2,  // those of items marked in the table into out, the others into acc
+};
+
 /// Attention of the Slices of one step into a running (out, lse).
 struct RfHopperForwardParams {
   const void* q;         // (B, Sq, H, D) of `dtype`; q, k, v 16-byte aligned, their strides multiples of 8
   const void* k;         // (B, Sk, Hkv, D)
   const void* v;         // (B, Sk, Hkv, Dv)
-  void* out;             // (B, Sq, H, Dv) like q, 16-byte aligned, strides multiples of 8; written if `finish`
-  float* acc;            // (B, Sq, H, Dv) running output, 16-byte aligned, strides multiples of 4; written if not `finish`
+  void* out;             // (B, Sq, H, Dv) like q, 16-byte aligned, strides multiples of 8; see RfFinish
+  float* acc;            // (B, Sq, H, Dv) running output, 16-byte aligned, strides multiples of 4; see RfCarry, RfFinish
   const float* lse_in;   // (B, H, Sq) running log-sum-exp; read unless RF_CARRY_NOTHING
   float* lse;            // (B, H, Sq), always written; may be lse_in
   const int32_t* items;  // (q_tiles, 16) of the tile table, ringflash/kernels/tiles.py
@@ -26,7 +33,7 @@ struct RfHopperForwardParams {
   int32_t batch, q_len, k_len, heads, kv_heads, head_dim, head_dim_v, q_tiles;
   int32_t dtype;            // RfDtype, one of the 16-bit ones
   int32_t carry;            // RfCarry
-  int32_t finish;           // write out rather than acc
+  int32_t finish;           // RfFinish
   int32_t heads_per_group;  // (batch, head) pairs in work at the same time: their K and V should fit the L2 cache
   int32_t ctas;             // multiprocessors to use
   float scale;              // > 0

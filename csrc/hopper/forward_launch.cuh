@@ -60,7 +60,7 @@ int launch_forward(const RfHopperForwardParams& c, cudaStream_t stream) {
   p.q_tiles = c.q_tiles, p.heads = c.heads, p.heads_per_kv_head = c.heads / c.kv_heads, p.batch_heads = c.batch * c.heads;
   p.items_in_all = static_cast<uint32_t>(c.q_tiles) * p.batch_heads;
   p.heads_per_group = c.heads_per_group, p.q_len = c.q_len, p.head_dim_v = c.head_dim_v;
-  p.carry = c.carry == RF_CARRY_STATE, p.finish = c.finish != 0;
+  p.carry = c.carry == RF_CARRY_STATE, p.finish = c.finish;
   p.scale_log2 = (c.softcap > 0.f ? c.softcap : c.scale) * kLog2e;
   p.two_log2e_scale = c.softcap > 0.f ? 2.f * kLog2e * c.scale / c.softcap : 0.f;
   const auto kernel = c.softcap > 0.f ? forward_kernel<T, Tile, true> : forward_kernel<T, Tile, false>;

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,10 +17,14 @@ from ringflash.kernels import hopper_backward, tiles
 from ringflash.slices import Slices
 
 if TYPE_CHECKING:
-    from ringflash.kernels import Problem, State
+    from ringflash.kernels import Problem, Settle, State
 
 NOTHING, STATE, SINKS = 0, 1, 2
 """``RfCarry`` of csrc/hopper/forward_api.h: what a launch starts from."""
+NONE, ALL, SETTLED = 0, 1, 2
+"""``RfFinish`` of the same: which rows a launch writes in their final dtype."""
+SETTLE_ROWS = 384
+"""The least common multiple of the tiles' rows: a tile's rows settle together."""
 
 DTYPES = (torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
@@ -29,7 +34,7 @@ EVEN_L2_BYTES = 8 << 20
 """The same where all items are equally long. Longest first has no say then, and the fewer heads at a time, the more evenly their
 K and V come from memory: 1-2 % at 1k. Under a causal mask, groups that small cost up to 8 %."""
 
-_PARAMS = struct.Struct("=11Q21q13i2fi")
+_POINTERS, _REST = struct.Struct("=11Q"), struct.Struct("=21q13i2fi")
 """``RfHopperForwardParams`` of csrc/hopper/forward_api.h. One pack call costs a tenth of filling a ctypes.Structure."""
 
 
@@ -72,7 +77,9 @@ def forward_tiles(head_dim: int, head_dim_v: int) -> tuple[Tile, ...]:
 
 
 @lru_cache(maxsize=512)
-def forward_plan(slices: Slices, q_len: int, k_len: int, head_dim: int, head_dim_v: int) -> tuple[Tile, tiles.TileTable]:
+def forward_plan(
+    slices: Slices, q_len: int, k_len: int, head_dim: int, head_dim_v: int, settled: tiles.Ranges = (), whole: bool = True
+) -> tuple[Tile, tiles.TileTable]:
     """The variant that computes these Slices in the fewest cycles, and its tile table."""
 
     def cycles(choice: tuple[Tile, tiles.TileTable]) -> int:
@@ -80,7 +87,7 @@ def forward_plan(slices: Slices, q_len: int, k_len: int, head_dim: int, head_dim
         return table.tiles * tile.tile_cost + len(table.items) * tile.item_cost
 
     variants = forward_tiles(head_dim, head_dim_v)
-    return min(((t, tiles.forward_table(slices, q_len, k_len, t.rows, t.keys)) for t in variants), key=cycles)
+    return min(((t, tiles.forward_table(slices, q_len, k_len, t.rows, t.keys, settled, whole)) for t in variants), key=cycles)
 
 
 @cache
@@ -101,32 +108,96 @@ def _counter(device: torch.device, stream: int) -> Tensor:
     return _counter_of(device, stream)
 
 
+def _stream(device: torch.device) -> int:
+    """The current stream; ten times cheaper than asking for the object around it."""
+    if _raw_stream is not None:
+        return int(_raw_stream(device.index))
+    return int(torch.cuda.current_stream(device).cuda_stream)
+
+
+_raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+
+
+@lru_cache(maxsize=1024)
+def _evenly(shape: Sequence[int], stride: Sequence[int], multiple: int) -> bool:
+    """Whether rows are contiguous and B, S, H step by positive multiples of that many elements."""
+    steps = zip(shape[:3], stride[:3], strict=True)
+    return (stride[3] == 1 or shape[3] == 1) and all(n == 1 or (s > 0 and s % multiple == 0) for n, s in steps)
+
+
 def _for_copy_engine(x: Tensor) -> Tensor:
     """x, or a contiguous copy where the copy engine cannot read it: it wants 16-byte aligned rows and no dim of stride 0."""
-    unaligned = x.data_ptr() % 16 or (x.stride(3) != 1 and x.shape[3] > 1)
-    if unaligned or any(n > 1 and (s <= 0 or s % 8) for n, s in zip(x.shape[:3], x.stride()[:3], strict=True)):
+    if x.data_ptr() % 16 or not _evenly(x.shape, x.stride(), 8):
         return x.clone(memory_format=torch.contiguous_format)
     return x
 
 
-def _strides(x_BSHD: Tensor) -> tuple[int, int, int]:
+def _vectors(x: Tensor) -> bool:
+    """Whether the kernel can read and write the float32 rows of x in 16-byte vectors."""
+    return x.data_ptr() % 16 == 0 and _evenly(x.shape, x.stride(), 4)
+
+
+def _strides(shape: Sequence[int], stride: Sequence[int]) -> tuple[int, int, int]:
     """B, S, H in elements; a dim of one element may carry any stride in torch, the copy engine wants a plausible one."""
-    B, S, H, D = x_BSHD.shape
-    b, s, h, _ = x_BSHD.stride()
+    B, S, H, D = shape
+    b, s, h, _ = stride
     h = h if H > 1 else -(-D // 8) * 8
     s = s if S > 1 else H * h
     return (b if B > 1 else S * s), s, h
 
 
-def _lse_strides(lse_BHS: Tensor) -> tuple[int, int, int]:
-    b, h, s = lse_BHS.stride()
-    return b, s, h
+class _Call(NamedTuple):
+    """A launch but for the tensors' addresses."""
+
+    tables: tuple[Tensor, Tensor, Tensor]
+    addresses: tuple[int, int, int]  # of the tables
+    rest: bytes
 
 
-def _vectors(x: Tensor) -> bool:
-    """Whether the kernel can read and write the float32 rows of x in 16-byte vectors."""
-    aligned = x.data_ptr() % 16 == 0 and x.stride(3) == 1
-    return aligned and all(n == 1 or (s > 0 and s % 4 == 0) for n, s in zip(x.shape[:3], x.stride()[:3], strict=True))
+@lru_cache(maxsize=1024)
+def _call(
+    slices: Slices,
+    settled: tiles.Ranges,
+    device: torch.device,
+    dtype: torch.dtype,
+    shapes: tuple[Sequence[int], ...],  # of q, k, v
+    strides: tuple[Sequence[int], ...],  # of q, k, v, out, acc
+    lse_strides: tuple[Sequence[int], ...],  # of lse_in, lse
+    start: int,
+    ending: int,
+    scale: float,
+    softcap: float,
+    sm_margin: int,
+) -> _Call | None:
+    """What a launch is made of; all of it follows from Slices, shapes, strides and options. None if there is nothing to do."""
+    (B, Sq, H, D), (_, Sk, Hkv, _), (_, _, _, Dv) = shapes
+    tile, table = forward_plan(slices, Sq, Sk, D, Dv, settled, start != STATE or ending == ALL)
+    if not len(table.items):
+        return None
+    kv_heads_in_l2 = max(1, (EVEN_L2_BYTES if table.even else L2_BYTES) // (Sk * (D + Dv) * 2))
+    out_shape = (B, Sq, H, Dv)
+    rest = _REST.pack(
+        *(n for shape, x in zip((*shapes, out_shape, out_shape), strides, strict=True) for n in _strides(shape, x)),
+        *(n for b, h, s in lse_strides for n in (b, s, h)),
+        B,
+        Sq,
+        Sk,
+        H,
+        Hkv,
+        D,
+        Dv,
+        len(table.items),
+        ops.DTYPES[dtype],
+        start,
+        ending,
+        min(B * H, kv_heads_in_l2 * (H // Hkv)),
+        max(1, _multiprocessors(device) - sm_margin),
+        scale,
+        softcap,
+        tile.variant,
+    )
+    items, runs, extra = table.on(device)
+    return _Call((items, runs, extra), (items.data_ptr(), runs.data_ptr(), extra.data_ptr()), rest)
 
 
 @dataclass
@@ -135,6 +206,8 @@ class HopperKernel:
 
     name: str = "hopper"
     sm_margin: int = 0
+    settle_rows: ClassVar[int] = SETTLE_ROWS
+    takes_delta: ClassVar[bool] = True
 
     def refuses(self, problem: Problem) -> str | None:
         """Why these kernels cannot do it here; None if they can."""
@@ -165,6 +238,7 @@ class HopperKernel:
         carry: State | None = None,
         finish: bool = True,
         sinks: Tensor | None = None,
+        settle: Settle | None = None,
     ) -> State:
         """Folds the Slices into the running ``(out, lse)``; the contract is ``ringflash.kernels.Kernel.forward``.
 
@@ -173,106 +247,80 @@ class HopperKernel:
         ValueError for a scale that is not positive.
         """
         assert sinks is None or carry is None, "sinks are part of the running state already"
+        assert settle is None or not finish, "settling is for calls that leave other rows unfinished"
         if not scale > 0.0:
             raise ValueError(f"scale={scale}: the Hopper kernels need a positive scale; use backend='reference' or negate q")
-        B, Sq, H, D = q.shape
-        Sk, Dv = k.shape[1], v.shape[3]
         if q.numel() == 0 or len(slices) == 0 or k.numel() == 0:
-            return self._see_nothing(q, Dv, carry, finish, sinks)
+            return self._see_nothing(q, v.shape[3], carry, finish, sinks, settle)
         if carry is not None and not _vectors(carry[0]):
             copy = carry[0].contiguous()
-            out, lse = self.forward(q, k, v, slices, scale=scale, softcap=softcap, carry=(copy, carry[1]), finish=finish)
+            out, lse = self.forward(
+                q, k, v, slices, scale=scale, softcap=softcap, carry=(copy, carry[1]), finish=finish, settle=settle
+            )
             return (out, lse) if finish else (carry[0].copy_(out), lse)
         q, k, v = _for_copy_engine(q), _for_copy_engine(k), _for_copy_engine(v)
-        if carry is not None and not finish:
-            result, lse = carry
-        else:
-            dtype = q.dtype if finish else torch.float32
-            result = torch.empty((B, Sq, H, Dv), dtype=dtype, device=q.device)
+        B, Sq, H, _ = q.shape
+        if finish or carry is None:
             lse = torch.empty((B, H, Sq), dtype=torch.float32, device=q.device)
+            acc = torch.empty((B, Sq, H, v.shape[3]), dtype=q.dtype if finish else torch.float32, device=q.device)
+            result = acc
+            if carry is not None:
+                acc = carry[0]
+        else:
+            acc, lse = carry
+            result = acc
+        out = result if settle is None else settle.out
         if sinks is not None:
-            start, before = SINKS, (result, sinks.float()[None, :, None].expand(B, H, Sq))
-        elif carry is not None:
-            start, before = STATE, carry
+            start, lse_in = SINKS, sinks.float()[None, :, None].expand(B, H, Sq)
         else:
-            start, before = NOTHING, (result, lse)
-        tile, table = forward_plan(slices, Sq, Sk, D, Dv)
-        if torch.cuda.current_device() == q.device.index:
-            self._launch(tile.variant, table, q, k, v, result, lse, start, before, scale, softcap, finish)
-        else:
-            with torch.cuda.device(q.device):
-                self._launch(tile.variant, table, q, k, v, result, lse, start, before, scale, softcap, finish)
-        return result, lse
-
-    def _launch(
-        self,
-        variant: int,
-        table: tiles.TileTable,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        result: Tensor,
-        lse: Tensor,
-        start: int,
-        before: State,
-        scale: float,
-        softcap: float,
-        finish: bool,
-    ) -> None:
-        lib = _library()
-        assert lib is not None
-        B, Sq, H, D = q.shape
-        Sk, Hkv, Dv = k.shape[1], k.shape[2], v.shape[3]
-        items, runs, extra = table.on(q.device)
-        stream = torch.cuda.current_stream(q.device).cuda_stream
-        kv_heads_in_l2 = max(1, (EVEN_L2_BYTES if table.even else L2_BYTES) // (Sk * (D + Dv) * 2))
-        acc, lse_in = before
-        params = _PARAMS.pack(
-            q.data_ptr(),
-            k.data_ptr(),
-            v.data_ptr(),
-            result.data_ptr(),
-            acc.data_ptr(),
-            lse_in.data_ptr(),
-            lse.data_ptr(),
-            items.data_ptr(),
-            runs.data_ptr(),
-            extra.data_ptr(),
-            _counter(q.device, stream).data_ptr(),
-            *_strides(q),
-            *_strides(k),
-            *_strides(v),
-            *_strides(result),
-            *_strides(acc),
-            *_lse_strides(lse_in),
-            *_lse_strides(lse),
-            B,
-            Sq,
-            Sk,
-            H,
-            Hkv,
-            D,
-            Dv,
-            len(table.items),
-            ops.DTYPES[q.dtype],
+            start, lse_in = (NOTHING, lse) if carry is None else (STATE, carry[1])
+        call = _call(
+            slices,
+            () if settle is None else settle.rows,
+            q.device,
+            q.dtype,
+            (q.shape, k.shape, v.shape),
+            (q.stride(), k.stride(), v.stride(), out.stride(), acc.stride()),
+            (lse_in.stride(), lse.stride()),
             start,
-            finish,
-            min(B * H, kv_heads_in_l2 * (H // Hkv)),
-            max(1, _multiprocessors(q.device) - self.sm_margin),
+            ALL if finish else NONE if settle is None else SETTLED,
             scale,
             softcap,
-            variant,
+            self.sm_margin,
         )
-        ops.check(lib, "rf_hopper_forward", lib.rf_hopper_forward(params, stream))
+        if call is None:
+            return result, lse
+        if torch.cuda.current_device() == q.device.index:
+            self._launch(call, q, k, v, out, acc, lse_in, lse)
+        else:
+            with torch.cuda.device(q.device):
+                self._launch(call, q, k, v, out, acc, lse_in, lse)
+        return result, lse
 
-    def _see_nothing(self, q: Tensor, head_dim_v: int, carry: State | None, finish: bool, sinks: Tensor | None) -> State:
+    def _launch(self, call: _Call, q: Tensor, *others: Tensor) -> None:
+        lib = _library()
+        assert lib is not None
+        stream = _stream(q.device)
+        addresses = (x.data_ptr() for x in (q, *others))
+        pointers = _POINTERS.pack(*addresses, *call.addresses, _counter(q.device, stream).data_ptr())
+        ops.check(lib, "rf_hopper_forward", lib.rf_hopper_forward(pointers + call.rest, stream))
+
+    def _see_nothing(
+        self, q: Tensor, head_dim_v: int, carry: State | None, finish: bool, sinks: Tensor | None, settle: Settle | None
+    ) -> State:
         """The step without a visible pair: the running state as it is, or the unit (0, -inf or the sinks)."""
         if carry is not None:
-            return (carry[0].to(q.dtype), carry[1]) if finish else carry
-        B, Sq, H, _ = q.shape
-        out = torch.zeros((B, Sq, H, head_dim_v), dtype=q.dtype if finish else torch.float32, device=q.device)
-        lse = torch.full((B, H, Sq), -torch.inf, dtype=torch.float32, device=q.device)
-        return out, lse if sinks is None else lse.copy_(sinks[None, :, None].expand(B, H, Sq))
+            out, lse = (carry[0].to(q.dtype), carry[1]) if finish else carry
+        else:
+            B, Sq, H, _ = q.shape
+            out = torch.zeros((B, Sq, H, head_dim_v), dtype=q.dtype if finish else torch.float32, device=q.device)
+            lse = torch.full((B, H, Sq), -torch.inf, dtype=torch.float32, device=q.device)
+            if sinks is not None:
+                lse.copy_(sinks[None, :, None].expand(B, H, Sq))
+        if settle is not None:
+            for begin, end in settle.rows:
+                settle.out[:, begin:end] = out[:, begin:end]
+        return out, lse
 
     def backward(
         self,

@@ -10,7 +10,7 @@ The same builder serves both passes: forward tables have query rows and key colu
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import numpy as np
@@ -20,11 +20,12 @@ import torch
 from ringflash.slices import IntArray, Slices
 
 Int32Array = npt.NDArray[np.int32]
+Ranges = tuple[tuple[int, int], ...]
 
 # Words of the records; csrc/hopper/forward.cuh has the same names.
 ROW_TILE, TILES, RUN_BEGIN, RUN_END = 0, 1, 2, 3
 COLUMN_TILE, COLUMN_TILE_END, EXTRA_BEGIN, EXTRA_END, BAND = 4, 5, 6, 7, 8
-MASKED_TILES = 14
+MASKED_TILES, SETTLED = 14, 15
 RECORD_WORDS, EXTRA_WORDS = 16, 8
 
 
@@ -33,7 +34,7 @@ class TileTable:
     """A table in CSR form, int32.
 
     items: (row tiles, 16), longest first: row tile, number of column tiles, its runs [begin, end); words 4 to 13 repeat the first
-    run; word 14 counts the masked tiles, which come first.
+    run; word 14 counts the masked tiles, which come first; word 15 says whether the rows settle in this call.
     runs: (n, 16): words 4 and 5 are its column tiles [begin, end); 6 and 7 its further Slices [begin, end) in ``extra``, begin -1
     for a full run; words 8 to 13 the band (r0, r1, c0, c1, lo, hi) that masks it: row r of [r0, r1) sees column c of [c0, c1)
     iff lo <= c - r <= hi.
@@ -76,9 +77,24 @@ class TileTable:
 
 
 @lru_cache(maxsize=512)
-def forward_table(slices: Slices, q_len: int, k_len: int, rows: int, columns: int) -> TileTable:
-    """Per tile of ``rows`` queries its tiles of ``columns`` keys."""
-    return _build(slices.table, q_len, k_len, rows, columns)
+def forward_table(
+    slices: Slices, q_len: int, k_len: int, rows: int, columns: int, settled: Ranges = (), whole: bool = True
+) -> TileTable:
+    """Per tile of ``rows`` queries its tiles of ``columns`` keys.
+
+    settled: ranges of rows to mark, cut at multiples of ``rows`` or at the end. whole=False leaves out row tiles that are
+    neither marked nor see anything.
+    """
+    table = _build(slices.table, q_len, k_len, rows, columns)
+    if not settled and whole:
+        return table
+    marks = np.zeros(-(-q_len // rows), dtype=np.int32)
+    for begin, end in settled:
+        assert begin % rows == 0 and (end % rows == 0 or end == q_len), "settled rows end inside a tile"
+        marks[begin // rows : -(-end // rows)] = 1
+    items = table.items.copy()
+    items[:, SETTLED] = marks[items[:, ROW_TILE]]
+    return replace(table, items=items if whole else items[(items[:, TILES] > 0) | (items[:, SETTLED] > 0)], _on_device={})
 
 
 @lru_cache(maxsize=512)

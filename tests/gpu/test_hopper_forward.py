@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ringflash.kernels import Problem, hopper
+from ringflash.kernels import Problem, Settle, hopper
 from ringflash.slices import UNBOUNDED, Slices
 from ringflash.testing.oracle import dense_attention
 
@@ -190,6 +190,49 @@ def test_starting_from_sinks(dims: tuple[int, int], monkeypatch: pytest.MonkeyPa
         monkeypatch.undo()
     nothing, nothing_lse = run(q, k, v, [], scale=0.1, sinks=sinks)
     assert bool((nothing == 0).all()) and torch.equal(nothing_lse, carry[1])
+
+
+SETTLING = [
+    # (why, rows of the Slices, settled ranges), of 1,300 queries and 700 keys
+    ("a block in the middle", [(0, 1300, 0, 700, -OPEN, OPEN)], ((384, 768),)),
+    ("the ragged end", [(0, 1300, 0, 700, -OPEN, 0)], ((1152, 1300),)),
+    ("all", [(0, 1300, 0, 700, -OPEN, 0)], ((0, 1300),)),
+    ("none", [(100, 1200, 0, 700, -OPEN, 0)], ()),
+    ("blocks without a Slice", [(500, 600, 30, 700, -OPEN, OPEN)], ((0, 384), (768, 1152))),
+    ("two documents, one of them complete", documents([384, 300, 16]), ((0, 384),)),
+    ("no Slice at all", [], ((768, 1300),)),
+]
+
+
+@pytest.mark.parametrize("dims", [(128, 128), (64, 64), (256, 256), (192, 128), (40, 72)], ids=str)
+@pytest.mark.parametrize(("why", "rows", "ranges"), SETTLING, ids=[why for why, _, _ in SETTLING])
+def test_settled_rows(
+    why: str, rows: Rows, ranges: tuple[tuple[int, int], ...], dims: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Settled rows come in the final dtype, others stay in the running state; rows neither settled nor seen stay untouched."""
+    case = Case(why, 2, 1300, 700, 4, 2, rows)
+    q, k, v, visible = inputs(case, torch.bfloat16, *dims)
+    shape, scale = (case.B, case.Sq, case.H, dims[1]), dims[0] ** -0.5
+    settles = torch.zeros(case.Sq, dtype=torch.bool, device="cuda")
+    for begin, end in ranges:
+        settles[begin:end] = True
+    state = torch.randn(shape, device="cuda"), torch.randn(case.B, case.H, case.Sq, device="cuda")
+    poisoned(monkeypatch)
+    for carry in (None, state):
+        final = torch.empty(shape, dtype=q.dtype, device="cuda")
+        given = None if carry is None else (carry[0].clone(), carry[1].clone())
+        running, lse = run(q, k, v, rows, scale=scale, carry=given, finish=False, settle=Settle(final, ranges))
+        assert running.dtype == torch.float32
+        assert bool(final[:, ~settles].isnan().all()), "wrote rows that are not settled"
+        out = torch.where(settles[None, :, None, None], final.float(), running)
+        agree(out, lse, q, k, v, visible, scale=scale, carry=carry)
+        if carry is not None:
+            assert given is not None and running is given[0] and lse is given[1]
+            tiles = torch.arange(case.Sq, device="cuda") // hopper.SETTLE_ROWS
+            touched = torch.isin(tiles, tiles[visible.any(1)])
+            idle = ~settles & ~touched
+            assert torch.equal(running[:, idle], carry[0][:, idle]) and torch.equal(lse[:, :, idle], carry[1][:, :, idle])
+            assert torch.equal(final[:, settles & ~touched], carry[0][:, settles & ~touched].to(q.dtype))
 
 
 @pytest.mark.parametrize("layout", ["BHSD", "qkv in one tensor", "sliced sequence", "unaligned rows", "expanded heads"])
