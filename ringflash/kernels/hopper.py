@@ -154,7 +154,7 @@ class _Call(NamedTuple):
     rest: bytes
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=512)
 def _call(
     slices: Slices,
     settled: tiles.Ranges,
@@ -208,6 +208,7 @@ class HopperKernel:
     sm_margin: int = 0
     settle_rows: ClassVar[int] = SETTLE_ROWS
     takes_delta: ClassVar[bool] = True
+    takes_sinks: ClassVar[bool] = True
 
     def refuses(self, problem: Problem) -> str | None:
         """Why these kernels cannot do it here; None if they can."""
