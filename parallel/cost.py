@@ -516,7 +516,8 @@ def _table(
             rows = [*(rows if idle[0] == n else rows[:-1]), [f"{idle[0]}" if idle[0] == n else f"{idle[0]}-{n}", "none"]]
             continue
         idle = []
-        cells = [str(n), _owners_text([chunk.owner for chunk in step.chunks]), f"{step.rows:,}", f"{f.work.slices:,}"]
+        owners = [chunk.owner for chunk in step.chunks] or [plan.rank] * step.local
+        cells = [str(n), _owners_text(owners), f"{step.rows:,}", f"{f.work.slices:,}"]
         cells += [count_text(f.work.visible), f"{100 * f.work.full / f.work.visible:.0f} %" if f.work.visible else "-"]
         cells += [size_text(f.bytes_in), size_text(f.bytes_out)]
         cells += [f"{1e3 * s:.3f}" for _, times in passes for s in (times.steps[n].compute_s, times.steps[n].wait_s)]

@@ -148,9 +148,10 @@ class _StagesWalk:
             self.ledger.take(STAGES, self.plan.steps[step].rows * self.row)
 
     def arrive(self, step: int) -> None:
-        if step:
+        local = self.plan.steps[step].local
+        if not local:
             self._stage(step)
-        copied = self.plan.steps[step].rows * self.narrow if step else 0
+        copied = 0 if local else self.plan.steps[step].rows * self.narrow
         self.ledger.take(STAGES, copied)
         self.ledger.drop(STAGES, self.copied + sum(self.plan.steps[step].rows * self.row for step in self.leaving))
         self.leaving, self.copied = [], copied
@@ -180,6 +181,7 @@ class _HomeWalk:
         self.mail: list[tuple[int, int, set[int]]] = []  # due; bytes that arrive; steps of which something is being sent
 
     def gradients(self, step: int) -> None:
+        step = 0 if self.plan.steps[step].local else step
         if step not in self.there and not (step and self.leased):  # what leaves lies in the transport's own buffers
             self.there.add(step)
             self.ledger.take(HOME, self.plan.steps[step].rows * self.row)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -29,13 +29,27 @@ from ringflash.slices import UNBOUNDED, IntArray, Slices, area, tighten
 SCHEDULES = ("auto", "ring", "allgather", "staged", "ulysses", "hybrid", "double_ring")
 
 
-MAX_GAP = 128
+TILE = 128
+"""Rows and keys of most kernels' tiles."""
+
+
+MAX_GAP = TILE
 """A message costs some 20 us, in which a link moves thousands of rows; one kernel tile keeps the waste invisible."""
 
 
 PIECE_ROWS, MOST_PIECES = 8192, 4
 """A double ring cuts chunks into up to four pieces of at least so many rows: the slow link then carries one while another is
 computed. Smaller pieces would only be more kernel calls."""
+
+
+LOCAL_LAST = 8192
+"""Rows of a chunk from which a part of the local work is kept for the end of a backward pass. Less is over before it hides
+anything. Measured on 4 H200 without it: 10 of 50 ms waiting for the last gradients (64k tokens, 32 heads, all-gather)."""
+
+
+BACKWARD_ROWS = 16_384
+"""Rows at most for which "auto" waits to fill a stage of a backward pass: gradients leave stage by stage, and the last ones
+should not be all of them. A kernel call on so many rows of keys fills a GPU for milliseconds."""
 
 
 KNOWN_UP_TO = 1 << 20
@@ -57,10 +71,13 @@ class Schedule:
               double_ring: rings of ``inner`` fast-linked neighbours, inside a ring of such groups: every chunk crosses the slow
               links once per group and then travels inside it (BurstEngine, LoongTrain).
     stage     remote chunks per step, at least.
-    rows      a stage takes further chunks until it holds so many rows: small parts of chunks share a step.
+    rows      a stage takes further chunks until it holds so many rows: small parts of chunks share a step. Ranks that need less
+              than others cut it into as many steps.
     ulysses   ranks that trade heads for sequence before the ring (DeepSpeed Ulysses; with a ring: USP, Fang & Zhao 2024).
     inner     ranks of a fast-linked group (double_ring).
     pieces    in which chunks travel, one after the other, each a step of its own; 0 decides by size (double_ring, else 1).
+    local_last  in a backward pass a part of the local chunk is computed last, while the last gradients travel home, where chunks
+              have at least so many rows.
     travels   in the backward pass: "kv" (K and V, and their gradients home), "q" (Q, dO and what belongs to their rows, and dQ
               home), or "auto": whichever is fewer bytes.
     """
@@ -71,6 +88,7 @@ class Schedule:
     inner: int = 1
     rows: int = 0
     pieces: int = 0
+    local_last: int = LOCAL_LAST
     travels: str = "auto"
 
     def __post_init__(self) -> None:
@@ -179,11 +197,15 @@ class Part:
 
 @dataclass(frozen=True)
 class Step:
-    """One stage: ``rows`` in its buffer, the chunks in it, and what to compute on it."""
+    """One stage: ``rows`` in its buffer, the chunks in it, and what to compute on it.
+
+    local: on the own chunk, which is there already: step 0 and, in a backward pass, what is left of it for the end.
+    """
 
     rows: int
     chunks: tuple[Chunk, ...]
     parts: tuple[Part, ...]
+    local: bool = False
 
     @cached_property
     def area(self) -> int:
@@ -222,9 +244,9 @@ class PlanKey:
     """Rows nobody needs that travel along rather than split a message in two."""
     travels: str = "kv"
     """What travels: "kv" or, in a backward pass, "q"."""
-    far_first: bool = False
-    """Whether a double ring computes what crosses the slow links before what its neighbours own: so that in a backward pass
-    gradients cross back while there is still something to compute."""
+    returns: bool = False
+    """Whether gradients travel home. Then something is left to compute while the last of them do: a part of the local chunk,
+    and before it, in a double ring, what neighbours own, while gradients cross the slow links."""
 
     @property
     def world(self) -> int:
@@ -613,6 +635,17 @@ def _ring(schedule: Schedule, rank: int, rings: int, pieces: int, rows: Rows) ->
     return stages
 
 
+def _evenly(pieces: list[int], n: int, rows: Callable[[int], int]) -> list[list[int]]:
+    """Pieces in their order in at most n stages of about as many rows: ranks that need less are not done with a step before
+    others, who would wait for them in the next."""
+    stages: list[list[int]] = [[] for _ in range(n)]
+    held, total = 0, sum(rows(piece) for piece in pieces)
+    for piece in pieces:
+        stages[(2 * held + rows(piece)) * n // (2 * total)].append(piece)
+        held += rows(piece)
+    return [stage for stage in stages if stage]
+
+
 def _double_ring(
     schedule: Schedule, rings: int, pieces: int, far_first: bool, rows: Rows
 ) -> tuple[list[list[list[int]]], list[Way]]:
@@ -661,9 +694,19 @@ class _World:
         """By ring rank and step - 1: the pieces of a stage. By step - 1: its way, the same for all ranks."""
         schedule = self.key.schedule
         if schedule.name == "double_ring":
-            return _double_ring(schedule, self.rings, self.pieces, self.key.far_first, self.rows)
+            return _double_ring(schedule, self.rings, self.pieces, self.key.returns, self.rows)
         stages = [_ring(schedule, rank, self.rings, self.pieces, self.rows) for rank in range(self.rings)]
+        if schedule.rows:
+            most = max(len(s) for s in stages)
+            stages = [
+                _evenly([piece for stage in s for piece in stage], most, partial(self.rows, r)) for r, s in enumerate(stages)
+            ]
         return stages, [Way(n - 1, n, False) for n in range(1, 1 + max(len(s) for s in stages))]
+
+    @cached_property
+    def ends_local(self) -> bool:
+        """Whether the last step is a part of the local chunk; the same on all ranks."""
+        return self.key.returns and bool(self.ways) and max(self.key.moving()[1].lengths) >= self.key.schedule.local_last
 
     @property
     def stages(self) -> list[list[list[int]]]:
@@ -752,25 +795,40 @@ def _few(bands: Bands, q_runs: _Runs, k_runs: _Runs, at_most: int) -> bool:
     return int(count.sum()) <= at_most
 
 
+class _Needs(NamedTuple):
+    """What does not depend on when things travel: see _World."""
+
+    bands: Bands
+    low: _Lowered | None
+    takes: dict[int, Ranges] | None
+
+
 @lru_cache(maxsize=64)
 def _world(key: PlanKey) -> _World:
     """The world of a key whose rank is 0."""
     schedule = key.schedule
     stay, move = key.moving()
-    rings, everyone = stay.world, range(stay.world)
     together = schedule.inner if schedule.name == "double_ring" else 1
     pieces = schedule.pieces
     if not pieces:
-        pieces = min(max(max(move.lengths) // PIECE_ROWS, 1), MOST_PIECES) if 1 < together < rings else 1
-    bands = key.mask.bands((key.shift, key.k_layout.seqlen), (0, key.k_layout.seqlen))
-    low, takes = None, None
-    # Between strided runs every rank needs nearly everything, so working that out is not worth it.
-    if key.trim and all(run.stride == 1 for layout in (stay, move) for runs in layout.ranks for run in runs):
-        low = _bands_between(key, bands, everyone, everyone, pieces, KNOWN_UP_TO)
-        if low is not None:
-            takes = _reach(low, low.q_piece // together * (rings * pieces) + low.k_piece, key.max_gap)
+        pieces = min(max(max(move.lengths) // PIECE_ROWS, 1), MOST_PIECES) if 1 < together < stay.world else 1
+    timeless = replace(key, schedule=Schedule(ulysses=schedule.ulysses), returns=False)
+    return _World(key, stay.world, together, pieces, *_needs(timeless, together, pieces))
 
-    return _World(key, rings, together, pieces, bands, low, takes)
+
+@lru_cache(maxsize=64)
+def _needs(key: PlanKey, together: int, pieces: int) -> _Needs:
+    stay, move = key.moving()
+    everyone = range(stay.world)
+    bands = key.mask.bands((key.shift, key.k_layout.seqlen), (0, key.k_layout.seqlen))
+    # Between strided runs every rank needs nearly everything, so working that out is not worth it.
+    if not key.trim or any(run.stride > 1 for layout in (stay, move) for runs in layout.ranks for run in runs):
+        return _Needs(bands, None, None)
+    low = _bands_between(key, bands, everyone, everyone, pieces, KNOWN_UP_TO)
+    if low is None:
+        return _Needs(bands, None, None)
+    groups = low.q_piece // together * (stay.world * pieces)
+    return _Needs(bands, low, _reach(low, groups + low.k_piece, key.max_gap))
 
 
 def steps_of(key: PlanKey) -> IntArray:
@@ -805,8 +863,9 @@ def make_plan(key: PlanKey) -> Plan:
         lengths = key.moving()[1].lengths
         whole = [(n * p // pieces, n * (p + 1) // pieces) for n in lengths for p in range(pieces)]
         takes = {g * len(whole) + i: (a,) for g in range(rings // together) for i, a in enumerate(whole) if a[0] < a[1]}
-    n_steps = 1 + len(world.ways)
-    ways = [Way(-1, -1, False), *world.ways]
+    nowhere = Way(-1, -1, False)
+    ways = [nowhere, *world.ways, *([nowhere] if world.ends_local else [])]
+    n_steps = len(ways)
     # The same slots on every rank, also where a rank has nothing to move: collective transports need all to take part.
     posts: list[dict[int, list[Transfer]]] = [{s: [] for s in range(1, n_steps) if ways[s].slot == at} for at in range(n_steps)]
     homes: list[dict[int, list[Transfer]]] = [
@@ -861,17 +920,46 @@ def _steps(world: _World, low: _Lowered, rank: int, taken: Callable[[int, int], 
     found, first = np.unique(low.k_piece[order], return_index=True)
     bands = dict(zip(found.tolist(), np.split(order, first)[1:], strict=True))
     nothing = np.empty(0, np.int64)
-    whole = ((0, world.key.moving()[1].lengths[rank]),)
-    if world.pieces == 1:
-        steps = [_stage(low, [_Load(rank, whole, bands.get(rank, nothing))])]
-    else:
-        local = _bands_between(world.key, world.bands, [rank], [rank], 1)
-        assert local is not None
-        steps = [_stage(local, [_Load(rank, whole, np.arange(len(local.rows)))])]
+    own = ((0, world.key.moving()[1].lengths[rank]),)
+    local = low.where(low.k_piece == rank)
+    if world.pieces > 1:
+        uncut = _bands_between(world.key, world.bands, [rank], [rank], 1)
+        assert uncut is not None
+        local = uncut
+    last: list[Step] = []
+    if world.ends_local:
+        local, rest = _cut(local, LOCAL_FIRST[world.key.travels])
+        last = [replace(_stage(rest, [_Load(rank, own, np.arange(len(rest.rows)))]), rows=0, chunks=(), local=True)]
+    steps = [replace(_stage(local, [_Load(rank, own, np.arange(len(local.rows)))]), local=True)]
     for pieces in [*world.stages[rank], *[[]] * (len(world.ways) - len(world.stages[rank]))]:
         loads = [_Load(p // world.pieces, taken(rank, p), bands.get(p, nothing)) for p in pieces]
         steps.append(_stage(low, [load for load in loads if load.ranges]))
-    return steps
+    return steps + last
+
+
+LOCAL_FIRST = {"kv": 1 / 3, "q": 2 / 3}
+"""The part of the local work that hides the first arrival; the rest hides the last gradients on their way home. Of K and V in 16
+bits the gradients are twice as much, of Q and dO half as much."""
+
+
+def _cut(low: _Lowered, share: float) -> tuple[_Lowered, _Lowered]:
+    """The bands below a key row and those from it on, such that about that share of the pairs lies below. In all but short
+    chunks the row is on the edge of a kernel's tile."""
+
+    def clipped(column: int, row: int) -> _Lowered:
+        rows = low.rows.copy()
+        rows[:, column] = np.minimum(rows[:, 3], row) if column == 3 else np.maximum(rows[:, 2], row)
+        tight, keep = tighten(rows)
+        return low.where(keep)._replace(rows=tight)
+
+    n = int(low.rows[:, 3].max(initial=0))
+    tile = TILE if n >= 8 * TILE else 1
+    first, last = 0, -(-n // tile)
+    wanted = share * float(area(low.rows).sum())
+    while first < last:
+        middle = (first + last) // 2
+        first, last = (first, middle) if area(clipped(3, middle * tile).rows).sum() >= wanted else (middle + 1, last)
+    return clipped(3, first * tile), clipped(2, first * tile)
 
 
 def plans(key: PlanKey) -> Iterator[Plan]:
@@ -917,8 +1005,7 @@ class Traffic(NamedTuple):
 @lru_cache(maxsize=512)
 def traffic(plan: Plan, travels: str, head_dim: int, head_dim_v: int, dtype_bytes: int) -> Traffic:
     """What a backward pass of the whole world would move, if K and V travelled ("kv") or Q ("q")."""
-    far_first = plan.key.schedule.name == "double_ring"
-    world = _world(replace(plan.key, rank=0, travels=travels, far_first=far_first))
+    world = _world(replace(plan.key, rank=0, travels=travels))
     row = row_bytes(plan, travels, head_dim, head_dim_v, dtype_bytes)
     return Traffic(world.rows_moved, world.rows_moved * (row.out + row.home), world.busiest)
 
@@ -931,4 +1018,5 @@ def _backward(plan: Plan, head_dim: int, head_dim_v: int, dtype_bytes: int, take
         if takes_delta and plan.rings > 1:
             kv, q = (traffic(plan, travels, head_dim, head_dim_v, dtype_bytes) for travels in ("kv", "q"))
             travels = "q" if q.nbytes < kv.nbytes and q.busiest <= UNEVEN * kv.busiest else "kv"
-    return make_plan(replace(plan.key, travels=travels, far_first=plan.key.schedule.name == "double_ring"))
+    schedule = replace(plan.key.schedule, rows=min(plan.key.schedule.rows, BACKWARD_ROWS))
+    return make_plan(replace(plan.key, schedule=schedule, travels=travels, returns=plan.rings > 1))

@@ -294,7 +294,7 @@ def backward_loop(
             trace.end(trace.WAIT, n)
         stages.post(n)
         (dq_n,), (dk_n, dv_n) = (home.gradients(n), kept) if turned else (kept, home.gradients(n))
-        out_n = saved.out if dlse is None and not (turned and n) else None
+        out_n = saved.out if dlse is None and (step.local or not turned) else None
         trace.begin(trace.BACKWARD, n)
         for part in step.parts:
             kernel.backward(

@@ -162,6 +162,18 @@ BUGS = (
         "Way(0 if s == begins[0] else s - inner, s + inner - 1 if inner > 1 else s, inner > 1)",
     ),
     Bug(
+        "what is left of the local work starts a tile late",
+        "parallel/plan.py",
+        "clipped(3, first * tile), clipped(2, first * tile)",
+        "clipped(3, first * tile), clipped(2, first * tile + 1)",
+    ),
+    Bug(
+        "what is left of the local work is computed first",
+        "parallel/plan.py",
+        "return steps + last",
+        "return steps[:1] + last + steps[1:]",
+    ),
+    Bug(
         "what crosses slow links holds up the next step",
         "parallel/plan.py",
         "slot + (self.key.schedule.inner if self.far[step] else 1)",
@@ -237,7 +249,7 @@ BUGS = (
     Bug(
         "remote queries with the local output",
         "ringflash/autograd.py",
-        "dlse is None and not (turned and n)",
+        "dlse is None and (step.local or not turned)",
         "dlse is None",
         TURNED,
     ),

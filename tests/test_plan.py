@@ -91,8 +91,10 @@ class World:
         """Of a matrix over queries and keys, what stays in rows and what travels in columns."""
         return seen.T[stays][:, travels] if self.turned else seen[stays][:, travels]
 
-    def rows_of_stage(self, step: Step) -> np.ndarray:
+    def rows_of_stage(self, rank: int, step: Step) -> np.ndarray:
         """Positions of the rows of a step's buffer."""
+        if step.local:
+            return self.travels(rank)
         rows = np.full(step.rows, -1)
         for chunk in step.chunks:
             offset = chunk.offset
@@ -105,7 +107,7 @@ class World:
     def painted(self, rank: int, step: Step) -> np.ndarray:
         """How often a step computes each (query position, key position) pair of the whole sequence."""
         seen = np.zeros_like(self.visible, dtype=int)
-        q_all, k_all = self.stays(rank), self.rows_of_stage(step)
+        q_all, k_all = self.stays(rank), self.rows_of_stage(rank, step)
         q_all, k_all = (k_all, q_all) if self.turned else (q_all, k_all)
         for part in step.parts:
             q, k = (x[v.start :: v.step] for x, v in ((q_all, part.q_view), (k_all, part.k_view)))
@@ -345,6 +347,9 @@ def test_distant_chunks_of_a_window_are_neither_sent_nor_waited_for() -> None:
         assert plan.rows_received() == (8 if plan.rank else 0), "a window of chunk + 1 reaches one chunk back"
 
 
+CAUSAL = Mask.causal()
+
+
 def window_on_64(schedule: Schedule, rank: int = 5) -> Plan:
     where = make_layout("zigzag", 1 << 20, 64)
     return make_plan(PlanKey(Mask.causal(window=4096), where, where, schedule, 32, 8, rank))
@@ -364,11 +369,32 @@ def test_ranks_do_not_walk_past_chunks_they_do_not_need() -> None:
 def test_stages_are_filled_by_rows() -> None:
     where = make_layout("contiguous", 1 << 20, 64)
     key = PlanKey(Mask.full(), where, where, Schedule("staged", rows=98_304), 8, 8, 0)
-    assert {len(step.chunks) for step in make_plan(key).steps[1:-1]} == {6}  # of 16,384 rows each
+    assert [len(step.chunks) for step in make_plan(key).steps[1:]] == [6, 5, 6, 6, 6, 5, 6, 6, 6, 5, 6]  # of 16,384 rows each
+    zigzag = make_layout("zigzag", 65_536, 4)
+    keys = [PlanKey(CAUSAL, zigzag, zigzag, Schedule("staged", rows=16_384), 8, 8, rank) for rank in range(4)]
+    needs = [[step.rows for step in make_plan(key).steps[1:]] for key in keys]
+    assert needs == [[16_384] * 3, [8_192, 16_384, 16_384], [8_192, 8_192, 16_384], [8_192] * 3], "as many steps on all ranks"
 
 
-CAUSAL = Mask.causal()
 DOUBLE = Schedule("double_ring", inner=2, pieces=2)
+
+
+def test_a_backward_pass_ends_with_a_part_of_the_local_work() -> None:
+    """A third first, to hide the first arrival; two thirds last, to hide the last gradients, which are twice as many bytes."""
+    where = make_layout("zigzag", 131_072, 4)
+    forward = make_plan(PlanKey(CAUSAL, where, where, Schedule("staged", rows=98_304), 32, 8, 1))
+    assert [(step.local, len(step.chunks)) for step in forward.steps] == [(True, 1), (False, 3)]
+    plan = forward.backward()
+    assert [(step.local, len(step.chunks)) for step in plan.steps] == [(True, 1), (False, 1), (False, 1), (False, 1), (True, 0)]
+    local = forward.steps[0].area
+    assert plan.steps[0].area + plan.steps[-1].area == local and plan.steps[0].area == pytest.approx(local / 3, rel=0.02)
+    assert plan.steps[0].parts[0].slices.table[:, 3].max() % 128 == 0, "cut on the edge of a tile"
+    # The last gradients leave after the last remote step, and are waited for after the local work that follows.
+    (slot,) = (n for n, posts in enumerate(plan.homes) if any(post.step == 3 for post in posts))
+    assert (slot, plan.due(slot, 3)) == (3, 4) and not plan.homes[4]
+    short = make_layout("zigzag", 4 * 8191, 4)
+    key = PlanKey(CAUSAL, short, short, Schedule("staged", rows=98_304), 32, 8, 1)
+    assert [step.local for step in make_plan(key).backward().steps] == [True, False]
 
 
 def double_ring(schedule: Schedule, backward: bool, world: int = 6) -> Plan:

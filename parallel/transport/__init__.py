@@ -240,8 +240,8 @@ class Stages:
                 self.pending[label.step] = self.transport.post(label, _messages(self._buffer, sends), arriving)
 
     def arrive(self, step: int) -> tuple[Tensor, ...]:
-        """The tensors of a step's stage, views of the arrived buffer; for step 0 the local ones."""
-        if step == 0:
+        """The tensors of a step's stage, views of the arrived buffer, or the local ones."""
+        if self.plan.steps[step].local:
             return self.cargo.own
         if step in self.pending:
             self.pending.pop(step).wait()
@@ -285,7 +285,8 @@ class Homecoming:
 
     def gradients(self, step: int) -> tuple[Tensor, ...]:
         """The gradients of a stage to add into: (B, rows, heads, width) views of the stage's buffer."""
-        return tuple(self._buffer(step).transpose(0, 1).split(self.widths, dim=-1))
+        buffer = self._buffer(0 if self.plan.steps[step].local else step)
+        return tuple(buffer.transpose(0, 1).split(self.widths, dim=-1))
 
     def receive(self, slot: int | None = None) -> None:
         """Waits for what is due by a slot (None: for all) and adds it to the chunks it belongs to, in a fixed order."""

@@ -18,7 +18,7 @@ import torch
 
 from ringflash.mask import Mask
 from ringflash.parallel.layout import Layout
-from ringflash.parallel.plan import MAX_GAP, Schedule, make_schedule
+from ringflash.parallel.plan import LOCAL_LAST, MAX_GAP, Schedule, make_schedule
 
 LAYOUTS = ("contiguous", "zigzag", "striped", "balanced", "scattered")
 """The named layouts, and runs of any length given to any rank."""
@@ -65,6 +65,7 @@ class Case:
     travels: str = "auto"
     pieces: int = 0
     stage_rows: int = 0
+    local_last: int = LOCAL_LAST
     q_len: int = 32
     k_len: int = 32
     batch: int = 1
@@ -100,10 +101,10 @@ class Case:
 
     def build_schedule(self) -> str | Schedule:
         """What ContextParallel takes: a name, or with words that a name does not tell a Schedule."""
-        if (self.travels, self.pieces, self.stage_rows) == ("auto", 0, 0):
+        if (self.travels, self.pieces, self.stage_rows, self.local_last) == ("auto", 0, 0, LOCAL_LAST):
             return self.schedule
         schedule = make_schedule(self.schedule, self.world, self.ulysses, self.inner)
-        return replace(schedule, travels=self.travels, pieces=self.pieces, rows=self.stage_rows)
+        return replace(schedule, travels=self.travels, pieces=self.pieces, rows=self.stage_rows, local_last=self.local_last)
 
     def build_layout(self) -> str | Layout:
         """What ContextParallel takes: a name, or for "scattered" runs drawn from the seed."""
@@ -168,6 +169,7 @@ def draw(seed: int, *, worlds: Sequence[int] = (1, 2, 3, 4, 5, 6, 7, 8), max_len
         travels=more.one_of(["auto", "kv", "q", "q"]),
         pieces=more.one_of([0, 0, 1, 2, 3]),
         stage_rows=more.one_of([0, 0, 0, 1, 9, 1000]),
+        local_last=more.one_of([0, 9, LOCAL_LAST]),
         q_len=q_len,
         k_len=k_len,
         batch=d.one_of([1, 1, 2]),
