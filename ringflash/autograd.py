@@ -138,13 +138,17 @@ def forward_loop(
         heads = HeadExchange(plan, job.transport)
         q, k, v = yield from heads.enter([(q, False), (k, True), (v, True)])
     # Start in the first kernel call and finish in the last, unless calls see only some of the rows (views), or sinks come first:
-    # a sink is a running state of its own, output 0 and log-sum-exp of the sink.
+    # a sink is a running state of its own, output 0 and log-sum-exp of the sink, which some kernels start from by themselves.
     carry: tuple[Tensor, Tensor] | None = None
     direct, last, settled = _calls(plan, getattr(kernel, "settle_rows", 0))
     final = q.new_empty((*q.shape[:3], v.shape[3])) if settled else None
     completes = iter(settled)
-    if sinks is not None or not direct:
-        carry = _initial(q, v, accumulate_dtype(q.dtype), None if sinks is None else sinks[plan.share.q0 : plan.share.q1])
+    own_sinks = None if sinks is None else sinks[plan.share.q0 : plan.share.q1]
+    further: dict[str, Any] = {}
+    if own_sinks is not None and direct and getattr(kernel, "takes_sinks", False):
+        further["sinks"] = own_sinks
+    elif own_sinks is not None or not direct:
+        carry = _initial(q, v, accumulate_dtype(q.dtype), own_sinks)
     stages = Stages(plan, job.transport, k, v)
     for n, step in enumerate(plan.steps):
         if n:
@@ -157,7 +161,8 @@ def forward_loop(
         trace.begin(trace.FORWARD, n)
         for part in step.parts:
             view = carry if carry is None else (_rows(carry[0], part.q_view), _rows(carry[1], part.q_view, dim=2))
-            settle = {} if final is None else {"settle": Settle(final, next(completes))}
+            if final is not None:
+                further["settle"] = Settle(final, next(completes))
             state = kernel.forward(
                 _rows(q, part.q_view),
                 _rows(k_stage, part.k_view),
@@ -167,9 +172,10 @@ def forward_loop(
                 softcap=job.softcap,
                 carry=view,
                 finish=direct and part is last and final is None,
-                **settle,
+                **further,
             )
             carry = state if direct else carry
+            further.pop("sinks", None)
         trace.end(trace.FORWARD, n)
         stages.release(n)
     stages.finish()

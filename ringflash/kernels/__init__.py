@@ -105,7 +105,8 @@ class Kernel(Protocol):
     ``softcap * tanh(scale * q.k / softcap)``. No Slices, Sq = 0, Sk = 0 and H = 0 are all fine.
 
     A backend whose backward reads delta, so that ``out`` is never needed, says so with ``takes_delta = True``. One
-    with a number ``settle_rows`` has a further keyword in ``forward``, ``settle: Settle | None = None``.
+    with a number ``settle_rows`` has a further keyword in ``forward``, ``settle: Settle | None = None``; one with
+    ``takes_sinks = True`` has ``sinks: Tensor | None = None`` (H,), to start from instead of a carry of output 0 and lse sinks.
     """
 
     name: str

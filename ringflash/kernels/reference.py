@@ -181,11 +181,18 @@ def _row_tiles(slices: Slices) -> Iterator[tuple[Slice, int, int]]:
             yield s, q0, min(q0 + ROWS, s.q1)
 
 
+def _from_sinks(q: Tensor, v: Tensor, sinks: Tensor) -> State:
+    """The running state of rows that have seen their heads' sinks alone."""
+    out = torch.zeros((*q.shape[:3], v.shape[3]), dtype=accumulate_dtype(q.dtype), device=q.device)
+    return out, sinks.to(out.dtype)[None, :, None].expand(q.shape[0], -1, q.shape[1]).clone()
+
+
 class Reference:
     """Any problem, slowly."""
 
     name = "reference"
     takes_delta = True
+    takes_sinks = True
     settle_rows = 1
 
     def refuses(self, problem: Problem) -> str | None:
@@ -205,8 +212,10 @@ class Reference:
         carry: State | None = None,
         finish: bool = True,
         settle: Settle | None = None,
+        sinks: Tensor | None = None,
     ) -> State:
-        state = Running.of(q, v, carry)
+        assert sinks is None or carry is None, "sinks are part of the running state already"
+        state = Running.of(q, v, carry if sinks is None else _from_sinks(q, v, sinks))
         if q.shape[0] and q.shape[2] and len(slices):
             attention, finite = _Attention(_Heads(q, k), q, k, v, scale, softcap), all_finite(v)
             for s, q0, q1 in _row_tiles(slices):
