@@ -578,8 +578,8 @@ class EagerWorld:
 
     def __init__(self) -> None:
         self.mailbox: Mailbox | None = None
+        self.memory: list[list[Tensor]] = []
         self.logs: list[list[tuple[int, int]]] = []
-        self.opened = 0
 
     def __call__(self, mailbox: Mailbox, rank: int) -> Symmetric:
         if mailbox is not self.mailbox:

@@ -26,7 +26,8 @@ from ringflash.parallel.transport import Label, Message, Transport
 from ringflash.parallel.transport.simulated import Mailbox, Simulated
 from ringflash.parallel.transport.symmetric import Cuda, Op, Shared, Symmetric
 from ringflash.simulated import SimulatedWorld
-from ringflash.testing import RankPool
+from ringflash.testing import RankPool, draw, make_inputs
+from ringflash.testing.runs import judge_of, simulate
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 HOPPER = pytest.mark.skipif(
@@ -187,6 +188,16 @@ def agree(rank: int, world: int, schedule: str) -> list[bool]:
 @pytest.mark.parametrize("world", [2, 3])
 def test_ranks_on_one_gpu_agree_with_messages_by_copy(apart: RankPool, world: int, schedule: str) -> None:
     assert all(apart.run(agree, world, schedule, timeout_s=40.0)[0])
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_drawn_cases_of_several_ranks_on_one_gpu(world: int) -> None:
+    """The kernels' part of tests/multigpu's drawn cases: the same cases by a simulated world on the GPU."""
+    wrong = []
+    for seed in range(200_000 + world * 100, 200_000 + world * 100 + 60):
+        case = draw(seed, worlds=(world,))
+        wrong += [f"{case!r}: {text}" for text in judge_of(case).objections(simulate(case, make_inputs(case, "cuda")).cpu())]
+    assert not wrong, "\n".join(wrong)
 
 
 # ---- CUDA graphs ---------------------------------------------------------------------------------------------------------------

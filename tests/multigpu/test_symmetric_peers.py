@@ -1,0 +1,337 @@
+"""Symmetric memory between real GPUs: reuse under random delays, CUDA graphs, memory, ranks that are killed. One GPU a rank."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import signal
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ringflash import ContextParallel, Mask, attention
+from ringflash.parallel.memory import Demand, Shape, extra_bytes, symmetric_bytes, tensor_bytes
+from ringflash.parallel.plan import make_plan
+from ringflash.parallel.transport import Label
+from ringflash.parallel.transport.symmetric import Cuda, Op, Symmetric
+from ringflash.testing import RankPool
+
+GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+pytestmark = [pytest.mark.multigpu, pytest.mark.skipif(GPUS < 2, reason="needs at least two GPUs")]
+
+WORLD = 4 if GPUS >= 4 else 2
+BACKEND = "cpu:gloo,cuda:nccl"
+TIMEOUT_S = 8.0
+
+
+@pytest.fixture(scope="module")
+def gpus() -> Iterator[RankPool]:
+    with RankPool(WORLD, backend=BACKEND) as pool:
+        yield pool
+
+
+def tensors(cp: ContextParallel, seqlen: int, seed: int, heads: Sequence[int] = (8, 2, 2), dim: int = 64) -> list[Tensor]:
+    """This rank's q, k, v of whole tensors that are the same on all ranks."""
+    make = torch.Generator("cuda").manual_seed(seed)
+    whole = [torch.randn(1, seqlen, h, dim, device="cuda", dtype=torch.bfloat16, generator=make) for h in heads]
+    return [cp.shard(x).requires_grad_() for x in whole]
+
+
+# ---- delays --------------------------------------------------------------------------------------------------------------------
+
+
+class Slow(Cuda):
+    """A GPU that now and then does nothing for up to a millisecond, on whatever stream comes next."""
+
+    random = random.Random(0)
+
+    def _pause(self, stream: torch.cuda.Stream) -> None:
+        if self.random.random() < 0.25:
+            with torch.cuda.stream(stream):
+                torch.cuda._sleep(self.random.randrange(10_000, 2_000_000))
+
+    def issue(self, stream: torch.cuda.Stream, packed: Any) -> None:
+        self._pause(stream)
+        super().issue(stream, packed)
+
+    def copy(self, stream: torch.cuda.Stream, target: Tensor, source: int) -> None:
+        self._pause(stream)
+        super().copy(stream, target, source)
+
+    def mark(self, stream: torch.cuda.Stream) -> torch.cuda.Event:
+        self._pause(stream)
+        return super().mark(stream)
+
+
+class NeverWaitsForReaders(Symmetric):
+    """Whatever was said before is forgotten, so that nothing waits for ever: only data go wrong."""
+
+    def _spell(self, kind: str, what: str, index: int, peers: tuple[int, ...]) -> list[Op]:
+        ops = super()._spell(kind, what, index, peers)
+        return [op._replace(wait=False) for op in ops] if what == "free" else ops
+
+
+class NeverWaitsForTheOwner(Symmetric):
+    def _spell(self, kind: str, what: str, index: int, peers: tuple[int, ...]) -> list[Op]:
+        return [op._replace(wait=False, value=0) if op.wait else op for op in super()._spell(kind, what, index, peers)]
+
+
+class SignalsBeforeItIsComplete(Symmetric):
+    def lease(self, label: Label, *args: Any) -> Tensor:
+        tensor = super().lease(label, *args)
+        self.lanes[label.what].complete[self._index(label)] = self.gpu.mark(self.gpu.current())  # before anything is written
+        return tensor
+
+
+class SwapsTheBuffers(Symmetric):
+    """Every third read is of the other buffer."""
+
+    reads = 0
+
+    def _read(self, lane: Any, label: Label, index: int, peer: int, messages: Any) -> None:
+        self.reads += 1
+        shared = lane.shared
+        if self.reads % 3 == 0:
+            other = lane.size * (1 - 2 * index)
+            lane.shared = shared._replace(addresses=tuple(a + other for a in shared.addresses))
+        super()._read(lane, label, index, peer, messages)
+        lane.shared = shared
+
+
+def layers(rank: int, kind: type[Symmetric] | None, seed: int) -> list[Tensor]:
+    """Results of many layers of changing shapes, masks and schedules over one context, forward and backward interleaved."""
+    choice = random.Random(seed)
+    contexts = {
+        (schedule, layout): ContextParallel(None, layout, schedule, transport="symmetric", timeout_s=TIMEOUT_S)
+        for schedule in ("ring", "allgather")
+        for layout in ("zigzag", "contiguous")
+    }
+    first = next(iter(contexts.values()))
+    transport = first.transport(torch.device("cuda", rank))
+    assert isinstance(transport, Symmetric)
+    if kind is not None:
+        gpu = transport.gpu
+        transport = kind(Slow(gpu.group, gpu.timeout_s, gpu.device, gpu.meet), transport.heads)
+        Slow.random = random.Random(1000 * seed + rank)
+    for cp in contexts.values():  # all layers share the buffers of one transport
+        cp._transports[torch.device("cuda", rank)] = transport
+    found, open_layers = [], []
+    for n in range(24):
+        cp = choice.choice(list(contexts.values()))
+        seqlen = choice.choice((512, 1000, 2048)) if n else 2048
+        mask = choice.choice((Mask.full(), Mask.causal(), Mask.causal(), Mask.causal(window=300)))
+        given = tensors(cp, seqlen, n)
+        out = attention(*given, mask=mask, cp=cp, deterministic=True)
+        assert isinstance(out, Tensor)
+        found.append(out.detach())
+        open_layers.append((out, given))
+        while open_layers and choice.random() < 0.5:
+            out, given = open_layers.pop()
+            found += torch.autograd.grad(out, given, out.detach())
+    for out, given in open_layers:
+        found += torch.autograd.grad(out, given, out.detach())
+    torch.cuda.synchronize()
+    return found
+
+
+def same_as_undelayed(rank: int, kind: type[Symmetric], seeds: Sequence[int]) -> list[bool]:
+    equal = []
+    for seed in seeds:
+        expected, found = layers(rank, None, seed), layers(rank, kind, seed)
+        equal.append(all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)))
+    return equal
+
+
+def test_random_delays_change_nothing(gpus: RankPool) -> None:
+    for answers in gpus.run(same_as_undelayed, Symmetric, range(3), timeout_s=90.0):
+        assert all(answers)
+
+
+BUGS = (NeverWaitsForReaders, NeverWaitsForTheOwner, SignalsBeforeItIsComplete, SwapsTheBuffers)
+
+
+@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.__name__)
+def test_random_delays_show_a_bug(bug: type[Symmetric]) -> None:
+    """In numbers, or in ranks that wait until they give up: a signal that is lost is not given again."""
+    with RankPool(WORLD, backend=BACKEND) as pool:
+        outcomes = pool.outcomes(same_as_undelayed, bug, range(4), timeout_s=60.0, grace_s=15.0)
+        pool.kill()
+    assert any(outcome.error is not None or not all(outcome.value) for outcome in outcomes)
+
+
+# ---- CUDA graphs ---------------------------------------------------------------------------------------------------------------
+
+
+def graphed(rank: int, transport: str, backward: bool) -> list[str]:
+    """What differs between captured layers, replayed with new inputs among eager ones, and eager layers."""
+    cp = ContextParallel(None, "zigzag", "ring", transport=transport, timeout_s=30.0)
+    given, other = tensors(cp, 1024, 0), tensors(cp, 512, 1)
+    cp.position_ids(1024)
+
+    def run() -> list[Tensor]:
+        if not backward:
+            with torch.no_grad():
+                return [attention(*given, mask=Mask.causal(), cp=cp), attention(*given, mask=Mask.causal(), cp=cp)]
+        out = attention(*given, mask=Mask.causal(), cp=cp, deterministic=True)
+        return [out, *torch.autograd.grad(out, given, out.detach())]
+
+    def eager() -> Tensor:
+        return attention(*other, mask=Mask.full(), cp=cp)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        expected_other = eager().detach()
+        run()
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = run()
+    wrong = []
+    for n in range(4):
+        with torch.no_grad():
+            for x in given:
+                x.normal_(generator=torch.Generator("cuda").manual_seed(100 * n + rank))
+        graph.replay()
+        between = eager()
+        graph.replay()
+        found = [x.clone() for x in results]
+        expected = run()
+        wrong += [
+            f"replay {n}, result {i}" for i, (a, b) in enumerate(zip(found, expected, strict=True)) if not torch.equal(a, b)
+        ]
+        wrong += [] if torch.equal(between, expected_other) else [f"eager after replay {n}"]
+    torch.cuda.synchronize()
+    return wrong
+
+
+@pytest.mark.parametrize("transport", ["symmetric", "p2p"])
+@pytest.mark.parametrize("backward", [False, True])
+def test_captured_passes_between_ranks(gpus: RankPool, transport: str, backward: bool) -> None:
+    assert gpus.run(graphed, transport, backward, timeout_s=60.0) == [[]] * WORLD
+
+
+# ---- the host, and memory ------------------------------------------------------------------------------------------------------
+
+
+def steady(rank: int, transport: str) -> str:
+    """The complaint of torch about a synchronisation in the steady state; empty if there is none."""
+    cp = ContextParallel(transport=transport, timeout_s=30.0)
+    given = tensors(cp, 1024, 0)
+
+    def run() -> None:
+        out = attention(*given, mask=Mask.causal(), cp=cp)
+        torch.autograd.grad(out, given, out.detach())
+
+    run()
+    run()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+        run()
+    except RuntimeError as error:
+        return str(error)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return ""
+
+
+@pytest.mark.parametrize("transport", ["symmetric", "p2p"])
+def test_nothing_waits_for_the_device_in_the_steady_state(gpus: RankPool, transport: str) -> None:
+    assert gpus.run(steady, transport) == [""] * WORLD
+
+
+def memory(rank: int, schedule: str, budget: int | None) -> tuple[int, int, int, int]:
+    """Peak bytes of a forward and backward pass, by torch's allocator and by the formula; the same of symmetric memory."""
+    cp = ContextParallel(None, "zigzag", schedule, transport="symmetric", memory_budget=budget, timeout_s=30.0)
+    seqlen, heads, kv_heads, dim = 8192 * WORLD, 16, 4, 128
+    given = tensors(cp, seqlen, 0, (heads, kv_heads, kv_heads), dim)
+    torch.cuda.empty_cache()
+
+    def run() -> None:
+        out = attention(*given, mask=Mask.causal(), cp=cp)
+        torch.autograd.grad(out, given, dout)
+
+    dout = torch.randn_like(given[0])
+    run()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated() - sum(x.nbytes for x in (*given, dout))
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    torch.cuda.synchronize()
+    found = torch.cuda.max_memory_allocated() - before
+    (job,) = cp.jobs.values()
+    transport = cp.transport(given[0].device)
+    assert isinstance(transport, Symmetric)
+    shape = Shape(1, dim, dim)
+    key = job.plan.key
+    part = make_plan(replace(key, heads=heads // job.groups, kv_heads=kv_heads // job.groups))
+    held = symmetric_bytes(part, shape)
+    told = tensor_bytes(job.plan, shape) + extra_bytes(job.plan, Demand(shape, symmetric=True), job.groups) - held
+    return found, told, transport.nbytes - transport.flags.memory.nbytes, held
+
+
+@pytest.mark.parametrize("schedule", ["auto", "ring", "staged:2"])
+def test_memory_is_what_the_formula_says(gpus: RankPool, schedule: str) -> None:
+    for found, told, held, told_held in gpus.run(memory, schedule, None):
+        assert abs(found - told) < 0.04 * told
+        assert held == told_held
+
+
+def test_a_budget_is_kept(gpus: RankPool) -> None:
+    budget = 200 << 20
+    for found, told, held, _ in gpus.run(memory, "auto", budget):
+        tensors_of_rank = 8192 * 128 * 2 * (2 * (16 + 16) + 2 * (4 + 4)) + 8192 * 16 * 4
+        assert abs(found - told) < 0.04 * told
+        assert found + held - tensors_of_rank < 1.04 * budget
+
+
+# ---- ranks that die ------------------------------------------------------------------------------------------------------------
+
+
+def until_killed(rank: int, transport: str, backward: bool, folder: str) -> str:
+    """The error of a rank one of whose peers is killed in the middle of a run. What it prints goes to a file of the folder."""
+    words = os.open(os.path.join(folder, str(rank)), os.O_CREAT | os.O_WRONLY)
+    os.dup2(words, 2)
+    cp = ContextParallel(transport=transport, schedule="ring", timeout_s=TIMEOUT_S)
+    given = tensors(cp, 2048, 0)
+    try:
+        for n in range(2000):
+            out = attention(*given, mask=Mask.full(), cp=cp)
+            if backward:
+                torch.autograd.grad(out, given, out.detach())
+            if n % 20 == 19:
+                torch.cuda.synchronize()
+            if n == 50 and rank == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("transport", ["symmetric", "p2p"])
+def test_a_killed_rank_ends_the_others_with_a_word(transport: str, backward: bool, tmp_path: Path) -> None:
+    """In the error of the call, or, where the driver lets no thread go on, in the end of the process with exit code 70."""
+    with RankPool(WORLD, backend=BACKEND) as pool:
+        outcomes = pool.outcomes(until_killed, transport, backward, str(tmp_path), timeout_s=60.0, grace_s=40.0)
+        pool.kill()
+    said = "".join(path.read_text(errors="replace") for path in tmp_path.iterdir())
+    assert "exit code -9" in str(outcomes[1].error)
+    for rank in (r for r in range(WORLD) if r != 1):
+        outcome = outcomes[rank]
+        if outcome.error is None:
+            assert re.search(r"TransportError: rank \d, .*step .*: ", outcome.value), outcome.value
+        else:  # the watchdog's word is on stderr; NCCL's own one may end the process too
+            assert re.search(r"exit code (70|-6)", outcome.error), outcome.error
+    named = [o.value for o in outcomes if o.error is None] + re.findall(r"rank \d, [^\n]*step [^\n]*", said)
+    assert any(re.search(r"rank 1\b", text) for text in named), (named, said[-2000:])
