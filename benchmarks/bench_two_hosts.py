@@ -1,0 +1,157 @@
+"""Four GPUs of one host as two hosts of two: what a double ring takes, beside a ring, and against what it cannot beat.
+
+    python -m benchmarks.bench_two_hosts [tokens ...]
+
+NCCL is told that ranks 0, 1 and ranks 2, 3 are on different hosts (NCCL_HOSTID), so that what they send each other goes through
+sockets on loopback. No pass can be shorter than its kernels, or than the bytes that cross between the hosts over the speed that
+was measured for them. Causal, zigzag, batch 1, bf16, 32 query heads of 128, and 8 or 32 key heads. Times are of the slowest rank,
+medians, in ms; the ring and the double ring are read in turn.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import ringflash as rf
+from ringflash.parallel.plan import Plan, Post, Schedule, row_bytes
+from ringflash.testing import RankPool
+
+WORLD, NODE = 4, 2
+HEADS, HEAD_DIM = 32, 128
+READINGS = 3
+MB = 1 << 20
+
+_group: dist.ProcessGroup | None = None
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One pass: of the kernels alone, of the bytes that cross between hosts (one direction), of a double ring, of a ring; ms."""
+
+    name: str
+    compute_ms: float
+    link_ms: float
+    double_ms: float
+    ring_ms: float
+
+    def __str__(self) -> str:
+        least = max(self.compute_ms, self.link_ms)
+        numbers = (self.compute_ms, self.link_ms, self.double_ms, self.ring_ms, self.double_ms / least, self.ring_ms / least)
+        return f"| {self.name} | " + " | ".join(f"{x:.1f}" if i < 4 else f"{x:.2f}" for i, x in enumerate(numbers)) + " |"
+
+
+HEAD = (
+    "| work | kernels | bytes / speed | double ring | ring | double ring / least | ring / least |\n|---|---|---|---|---|---|---|"
+)
+
+
+def emulate_hosts(rank: int) -> None:
+    """Before NCCL starts in this process."""
+    global _group
+    os.environ.update(NCCL_HOSTID=f"host{rank // NODE}", NCCL_SOCKET_IFNAME="lo", NCCL_IB_DISABLE="1")
+    torch.cuda.set_device(rank)
+    _group = dist.new_group(backend="nccl")
+    dist.all_reduce(torch.zeros(1, device="cuda"), group=_group)  # NCCL sets up its rings in the first collective
+
+
+def milliseconds(work: Callable[[], object]) -> float:
+    """Of the slowest rank, from a moment at which all are ready."""
+    dist.all_reduce(torch.zeros(1, device="cuda"), group=_group)
+    torch.cuda.synchronize()
+    dist.barrier()  # over gloo: the GPUs are idle
+    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    work()
+    stop.record()
+    torch.cuda.synchronize()
+    found = torch.tensor(start.elapsed_time(stop))
+    dist.all_reduce(found, dist.ReduceOp.MAX)  # over gloo
+    return found.item()
+
+
+def link_GBps(rank: int, nbytes: int = 128 * MB) -> float:  # noqa: N802 (a unit)
+    """What crosses between the hosts in one direction, while both directions of both pairs are busy."""
+    other = (rank + NODE) % WORLD
+    sent, received = torch.zeros(nbytes, dtype=torch.uint8, device="cuda"), torch.zeros(nbytes, dtype=torch.uint8, device="cuda")
+
+    def exchange() -> None:
+        ops = [dist.P2POp(kind, x, group=_group, group_peer=other) for kind, x in ((dist.irecv, received), (dist.isend, sent))]
+        for work in dist.batch_isend_irecv(ops):
+            work.wait()
+
+    exchange()
+    return NODE * nbytes / statistics.median(milliseconds(exchange) for _ in range(READINGS)) / 1e6
+
+
+def crossing(plan: Plan, slots: Sequence[Sequence[Post]]) -> int:
+    """Rows that leave a rank for the other host."""
+    sent = [t for posts in slots for post in posts for t in post.transfers if t.source == plan.rank]
+    return sum(b - a for t in sent if t.source // NODE != t.dest // NODE for a, b in t.ranges)
+
+
+def link_bytes(cp: rf.ContextParallel, seqlen: int, kv_heads: int) -> tuple[int, int]:
+    """Bytes that leave the first host in a forward and in a backward pass."""
+    plans = [cp.plan(rank, rf.Mask.causal(), seqlen, seqlen, HEADS, kv_heads) for rank in range(NODE)]
+    forward = sum(crossing(p, p.posts) for p in plans) * kv_heads * 2 * HEAD_DIM * 2
+    backward = 0
+    for back in (plan.backward() for plan in plans):
+        row = row_bytes(back, back.key.travels, HEAD_DIM, HEAD_DIM, 2)
+        backward += crossing(back, back.posts) * row.out + crossing(back, back.homes) * row.home
+    return forward, backward
+
+
+def measure(rank: int, seqlen: int, kv_heads: int, GBps: float) -> list[Reading]:
+    mask = rf.Mask.causal()
+    schedules = {"double": Schedule("double_ring", inner=NODE), "ring": Schedule("ring")}
+    contexts = {name: rf.ContextParallel(_group, "zigzag", schedule, transport="p2p") for name, schedule in schedules.items()}
+
+    def passes(cp: rf.ContextParallel | None, tokens: int) -> dict[str, Callable[[], object]]:
+        q, k, v = (torch.randn(1, tokens, h, HEAD_DIM, device="cuda", dtype=torch.bfloat16) for h in (HEADS, kv_heads, kv_heads))
+        leaves: list[Tensor] = [x.requires_grad_() for x in (q, k, v)]
+        out = rf.attention(*leaves, mask=mask, cp=cp)
+        dout = torch.randn_like(out)
+        return {
+            "forward": lambda: rf.attention(*leaves, mask=mask, cp=cp),
+            "backward": lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True),
+        }
+
+    # Half of the tokens on one GPU are a quarter of the work.
+    works = {"compute": passes(None, seqlen // 2), **{name: passes(cp, seqlen // WORLD) for name, cp in contexts.items()}}
+    nbytes = dict(zip(("forward", "backward"), link_bytes(contexts["double"], seqlen, kv_heads), strict=True))
+    found = []
+    for name in ("forward", "backward"):
+        for work in works.values():
+            work[name]()
+        times: dict[str, list[float]] = {who: [] for who in works}
+        for _ in range(READINGS):
+            for who, work in works.items():
+                times[who].append(milliseconds(work[name]))
+        medians = {who: statistics.median(some) for who, some in times.items()}
+        label = f"{seqlen // 1024}k, {kv_heads} key heads, {name}"
+        link_ms = nbytes[name] / GBps / 1e6
+        found.append(Reading(label, medians["compute"], link_ms, medians["double"], medians["ring"]))
+    return found
+
+
+def main(lengths: Sequence[int]) -> None:
+    if torch.cuda.device_count() < WORLD:
+        sys.exit(f"needs {WORLD} GPUs, found {torch.cuda.device_count()}")
+    with RankPool(WORLD) as pool:
+        pool.run(emulate_hosts)
+        GBps = pool.run(link_GBps)[0]
+        print(f"between the hosts: {GBps:.2f} GB/s each way, both busy\n{HEAD}", flush=True)
+        for seqlen in lengths:
+            for kv_heads in (8, 32):
+                print(*pool.run(measure, seqlen, kv_heads, GBps, timeout_s=120.0)[0], sep="\n", flush=True)
+
+
+if __name__ == "__main__":
+    main([int(n) for n in sys.argv[1:]] or [131_072, 262_144])
