@@ -15,7 +15,7 @@ from ringflash import env
 from ringflash.mask import Documents, Mask
 from ringflash.parallel.agree import Agreement
 from ringflash.parallel.layout import KINDS, Layout, make_layout
-from ringflash.parallel.memory import Demand, Frugality, extra_bytes, frugalities
+from ringflash.parallel.memory import Demand, Frugality, extra_bytes, frugalities, lean_bytes
 from ringflash.parallel.plan import MAX_GAP, Plan, PlanKey, Schedule, make_plan, make_schedule
 from ringflash.parallel.transport import Transport
 from ringflash.parallel.transport.allgather import AllGather
@@ -49,7 +49,7 @@ class Sharding:
         self.lengths: tuple[int, int] | None = None  # set by for_lengths
         self.last_seqlen: int | None = None  # of the last shard or position_ids
         self.trim, self.max_gap = True, MAX_GAP  # see PlanKey
-        self.memory_budget: int | None = None
+        self.memory_budget: int | str | None = None
         make_schedule(schedule, world, ulysses, inner)  # raises early
 
     def layout_of(self, seqlen: int) -> Layout:
@@ -73,10 +73,12 @@ class Sharding:
         schedule = self.schedule_of(k_len, rows)
         return make_plan(PlanKey(mask, q_layout, k_layout, schedule, heads, kv_heads, rank, self.trim, self.max_gap))
 
-    def keep_within(self, budget: int | None) -> None:
-        """Sets the memory budget, bytes; None for no bound."""
-        if budget is not None and not (isinstance(budget, int) and budget > 0):
-            raise ValueError(f"memory_budget must be a positive number of bytes (2 * 2**30 for 2 GiB) or None, got {budget!r}")
+    def keep_within(self, budget: int | str | None) -> None:
+        """Sets the memory budget: bytes, "lean", or None for no bound."""
+        if budget not in (None, "lean") and not (isinstance(budget, int) and budget > 0):
+            raise ValueError(
+                f'memory_budget must be a positive number of bytes (2 * 2**30 for 2 GiB), "lean" or None, got {budget!r}'
+            )
         self.memory_budget = budget
 
     def frugalities(self, k_len: int, kv_heads: int) -> tuple[Frugality, ...]:
@@ -89,19 +91,24 @@ class Sharding:
 
         Raises ValueError, with the numbers, if it can afford none.
         """
-        assert self.memory_budget is not None
+        budget = self.memory_budget
+        if budget == "lean":
+            budget = lean_bytes(self.plan(rank, mask, q_len, k_len, heads, kv_heads), call)
+        assert isinstance(budget, int)
         needs = []
         for rows, groups in self.frugalities(k_len, kv_heads):
             plan = self.plan(rank, mask, q_len, k_len, heads, kv_heads, rows)
             needs.append(extra_bytes(plan, call, groups))
-        if min(needs) > self.memory_budget:
+        if min(needs) > budget and self.memory_budget == "lean":  # a wish, no bound: as little as can be
+            return [needs.index(min(needs))]
+        if min(needs) > budget:
             groups = self.frugalities(k_len, kv_heads)[needs.index(min(needs))].groups
             raise ValueError(
-                f"memory_budget={self.memory_budget} bytes is too small: beyond its tensors a call takes {min(needs)} bytes on "
+                f"memory_budget={budget} bytes is too small: beyond its tensors a call takes {min(needs)} bytes on "
                 f"rank {rank} (the smallest stages, heads in {groups} groups, one after the other) and {needs[0]} at full speed; "
                 "give it more memory, or more ranks"
             )
-        return [n for n, need in enumerate(needs) if need <= self.memory_budget]
+        return [n for n, need in enumerate(needs) if need <= budget]
 
     def bound(self, mask: Mask | None) -> Mask:
         """The mask of a call: the given one, or the one this view was made for.
@@ -127,7 +134,8 @@ class ContextParallel(Sharding):
     memory_budget  bytes that a call may take on a rank at most, forward or backward, beyond what the caller has anyway (q, k, v,
                out, log-sum-exp and gradients): running state, stages, and the buffers of symmetric memory. "auto" then takes
                smaller stages, and any schedule but Ulysses computes the heads in groups, one group after the other, as far
-               as it must; ValueError, with the numbers, if even that takes more. Default None: no bound.
+               as it must; ValueError, with the numbers, if even that takes more. "lean": a tenth of those tensors and 1.1
+               times two stages, or else as little as can be. Default None: no bound.
 
     All ranks of the group must create it, and call its methods, together. Raises ValueError for what does not fit.
     """
@@ -142,7 +150,7 @@ class ContextParallel(Sharding):
         inner: int | None = None,
         transport: str = "auto",
         timeout_s: float | None = None,
-        memory_budget: int | None = None,
+        memory_budget: int | str | None = None,
     ) -> None:
         if not dist.is_initialized():
             raise ValueError(
@@ -224,12 +232,26 @@ class ContextParallel(Sharding):
             given = ", ".join(f"rank {rank}: {fact.get('memory_budget')}" for rank, fact in said.items())
             raise ValueError(f"the ranks disagree on memory_budget: {given}")
         common = set.intersection(*({int(n) for n in fact["affordable"].split(",")} for fact in said.values()))
+        if not common and self.memory_budget == "lean":
+            return max(min(int(n) for n in fact["affordable"].split(",")) for fact in said.values())
         if not common:
             raise ValueError(
-                f"memory_budget={self.memory_budget} bytes suffices for every rank alone, but for no stages and groups of heads "
-                "that are the same on all; give it more"
+                f"memory_budget={self.memory_budget} suffices for each rank alone, but for no stages and groups of heads that are "
+                "the same on all; give it more"
             )
         return min(common)
+
+    def explain(
+        self, seqlen: int, heads: int, kv_heads: int, mask: Mask | None = None, device: torch.device | str = "cuda", **shape: int
+    ) -> str:
+        """What a call would do on this rank, as `Plan.explain` tells it, and by which transport: why that one, if it was chosen.
+
+        shape: batch, head_dim, dtype_bytes, as there.
+        """
+        where = torch.device(device)
+        known = [d for d in self._transports if d.type == where.type]
+        text = self.plan(self.rank, self.bound(mask), seqlen, seqlen, heads, kv_heads).explain(where.type, **shape)
+        return f"{text}\ntransport    {self.transport_text(known[0] if known else where)}"
 
     def _make_transport(self, device: torch.device) -> tuple[Transport, str]:
         """The named transport; for "auto" symmetric memory if every rank can have it, else point to point; and why."""

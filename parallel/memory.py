@@ -366,6 +366,24 @@ def symmetric_bytes(plan: Plan, shape: Shape, backward: bool = True) -> int:
     return BUFFERS * (chunks + buffer_bytes(back, "gradients", (shape.batch, home), shape.acc_bytes))
 
 
+@dataclass(frozen=True)
+class Demand:
+    """What else than the plan decides how much memory a call takes."""
+
+    shape: Shape = Shape()
+    backward: bool = True
+    sinks: bool = False
+    dlse: bool = False
+    symmetric: bool = False
+    """Whether the transport holds memory of its own outside torch's allocator."""
+
+
+def lean_bytes(plan: Plan, call: Demand) -> int:
+    """What is little beyond a call's tensors: a tenth of them, and 1.1 times two of the plan's stages."""
+    stage = max((step.rows for step in plan.steps[1:]), default=0) * _kv_heads(plan) * call.shape.dims * call.shape.dtype_bytes
+    return (tensor_bytes(plan, call.shape, call.backward) + 11 * 2 * stage * call.shape.batch) // 10
+
+
 class Frugality(NamedTuple):
     """What a memory budget may decide: after how many rows "auto" closes a stage, and groups of heads, one after the other."""
 
@@ -387,18 +405,6 @@ def frugalities(rows: int, rings: int, k_len: int, kv_heads: int, ulysses: int, 
             stages.append(fewer)
     divisors = [n for n in range(1, max(kv_heads, 1) + 1) if kv_heads % n == 0] if ulysses == 1 else [1]
     return tuple(Frugality(stage, groups) for groups in divisors or [1] for stage in stages)
-
-
-@dataclass(frozen=True)
-class Demand:
-    """What else than the plan decides how much memory a call takes."""
-
-    shape: Shape = Shape()
-    backward: bool = True
-    sinks: bool = False
-    dlse: bool = False
-    symmetric: bool = False
-    """Whether the transport holds memory of its own outside torch's allocator."""
 
 
 def extra_bytes(plan: Plan, call: Demand, groups: int = 1) -> int:

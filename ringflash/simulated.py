@@ -31,7 +31,7 @@ class SimulatedWorld(Sharding):
         *,
         ulysses: int = 1,
         inner: int | None = None,
-        memory_budget: int | None = None,
+        memory_budget: int | str | None = None,
     ) -> None:
         super().__init__(world, layout, schedule, ulysses, inner)
         self.keep_within(memory_budget)
@@ -69,7 +69,7 @@ class SimulatedWorld(Sharding):
         ways = self.frugalities(k.shape[1], k.shape[2])
         if self.memory_budget is not None:
             able = [set(self.affordable(demand(call), rank, *sizes)) for rank in range(self.world)]
-            ways = ways[min(set.intersection(*able)) :]
+            ways = ways[min(set.intersection(*able) or {max(map(min, able))}) :]
         jobs = []
         for rank in range(self.world):
             plan = self.plan(rank, *sizes, ways[0].rows)

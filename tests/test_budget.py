@@ -10,16 +10,29 @@ import torch
 from torch import Tensor
 
 from ringflash import ContextParallel, Mask, SimulatedWorld, attention
-from ringflash.parallel.memory import Demand, Frugality, Shape, extra_bytes, frugalities, symmetric_bytes, tensor_bytes
+from ringflash.parallel.memory import (
+    Demand,
+    Frugality,
+    Shape,
+    extra_bytes,
+    frugalities,
+    lean_bytes,
+    symmetric_bytes,
+    tensor_bytes,
+)
 from ringflash.testing import RankPool
 
 GIB = 2**30
 Ranks = Callable[[int], RankPool]
 
 
-def tensors(seqlen: int = 64) -> list[Tensor]:
+def tensors_of(seqlen: int, kv_heads: int) -> list[Tensor]:
     make = torch.Generator().manual_seed(0)
-    return [torch.randn(1, seqlen, heads, 8, generator=make).requires_grad_() for heads in (8, 4, 4)]
+    return [torch.randn(1, seqlen, heads, 8, generator=make).requires_grad_() for heads in (8, kv_heads, kv_heads)]
+
+
+def tensors() -> list[Tensor]:
+    return tensors_of(64, 4)
 
 
 def test_smaller_stages_come_before_groups_of_heads() -> None:
@@ -49,6 +62,18 @@ def test_a_quarter_of_a_million_tokens_within_a_tenth_of_tensors_and_two_stages(
     lean = world.plan(*sizes, rows)
     assert extra_bytes(lean, demand, groups) <= bound
     assert groups <= 4
+
+
+def test_lean_is_that_budget_and_no_bound() -> None:
+    world, demand = SimulatedWorld(4, "zigzag", memory_budget="lean"), Demand(symmetric=True)
+    for seqlen in (262_144, 1_048_576):
+        plan = plan_of(world, seqlen)
+        tensors, stage = tensor_bytes(plan, Shape()), max(s.rows for s in plan.steps[1:]) * 8 * 256 * 2
+        assert lean_bytes(plan, demand) == (tensors + 22 * stage) // 10
+        first = world.frugalities(seqlen, 8)[world.affordable(demand, 0, Mask.causal(), seqlen, seqlen, 32, 8)[0]]
+        assert extra_bytes(plan_of(world, seqlen, first.rows), demand, first.groups) <= lean_bytes(plan, demand)
+    q, k, v = tensors_of(16, 1)
+    assert isinstance(world.attention(q, k, v, mask=Mask.causal()), Tensor)
 
 
 def test_more_groups_and_smaller_stages_take_less() -> None:
@@ -99,6 +124,19 @@ def attend(rank: int, budgets: list[int | None]) -> tuple[str, str]:
     full = attention(*tensors(), mask=Mask.causal())
     assert (cp.unshard(out.detach()) - full).abs().max() < 1e-5
     return str(job.plan.key.schedule), str(job.groups)
+
+
+def explained(rank: int) -> str:
+    cp = ContextParallel(timeout_s=60.0)
+    before = cp.explain(64, 8, 4, Mask.causal(), "cpu")
+    attention(*(cp.shard(x.detach()) for x in tensors()), mask=Mask.causal(), cp=cp)
+    assert before.endswith("transport    auto")
+    return cp.explain(64, 8, 4, Mask.causal(), "cpu")
+
+
+def test_a_context_explains_its_transport(ranks: Ranks) -> None:
+    for text in ranks(2).run(explained):
+        assert text.endswith("transport    p2p (auto: symmetric memory needs CUDA, not cpu)")
 
 
 def test_ranks_choose_together(ranks: Ranks) -> None:
