@@ -236,8 +236,8 @@ class ContextParallel(Sharding):
             return max(min(int(n) for n in fact["affordable"].split(",")) for fact in said.values())
         if not common:
             raise ValueError(
-                f"memory_budget={self.memory_budget} suffices for each rank alone, but for no stages and groups of heads that are "
-                "the same on all; give it more"
+                f"memory_budget={self.memory_budget} suffices for each rank alone, but for no stages and groups of heads that "
+                "are the same on all; give it more"
             )
         return min(common)
 
