@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
+from ringflash.kernels import tiles_backward
 from ringflash.kernels.tiles_backward import FAR, Shape, WorkList, work_list
 from ringflash.slices import UNBOUNDED, Slices
 
@@ -82,6 +85,27 @@ def test_every_visible_pair_is_computed_once(
     expected = np.broadcast_to(visible(rows, q_len, k_len), (batch, heads, q_len, k_len))
     np.testing.assert_array_equal(covered(work, shape), expected)
     assert abs(work.bands).max(initial=0) <= 2 * FAR
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_pairs_compute_every_visible_pair_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiles_backward, "PAIR_STEP", 0.0)
+    monkeypatch.setattr(tiles_backward, "PAIR_COST", -10.0)
+    rows = CASES[name]
+    q_len, k_len = max((r[1] for r in rows), default=10), max((r[3] for r in rows), default=10)
+    shape = Shape(q_len, k_len, 2, 4, 2, 128, ROWS, KEYS, 5, pairs=True)
+    work = work_list.__wrapped__(Slices.from_rows(rows), shape)
+    assert not rows or (work.pairs and work.keys == 2 * KEYS)
+    expected = np.broadcast_to(visible(rows, q_len, k_len), (2, 4, q_len, k_len))
+    np.testing.assert_array_equal(covered(work, replace(shape, keys=work.keys)), expected)
+
+
+def test_pairs_take_long_sequences() -> None:
+    def paired(n: int, **options: bool) -> bool:
+        return work_list(Slices.causal(n, n), Shape(n, n, 1, 16, 16, 128, ROWS, KEYS, 132, pairs=True), **options).pairs
+
+    assert paired(16384) and paired(16384, write=True)
+    assert not paired(16384, deterministic=True) and not paired(256)
 
 
 @pytest.mark.parametrize("deterministic", [False, True])

@@ -79,6 +79,44 @@ __device__ __forceinline__ void barrier_arrive(int id) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "n"(Threads) : "memory");
 }
 
+// ------------------------------------------------------------------------------------------------- clusters
+
+/// This CTA's number in its cluster.
+__device__ __forceinline__ uint32_t cluster_rank() {
+  uint32_t r;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
+  return r;
+}
+/// A shared address without the CTA's rank, which in a cluster fills its high bits; for matrix descriptors.
+__device__ __forceinline__ uint32_t shared_offset(const void* p) { return shared_address(p) & 0x3ffff; }
+/// All threads of the cluster. Orders shared memory of both CTAs.
+__device__ __forceinline__ void cluster_sync() {
+  __syncwarp();
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+/// The address, among those of the cluster, of this CTA's shared memory in CTA `rank`.
+__device__ __forceinline__ uint32_t cluster_address(uint32_t shared_address, uint32_t rank) {
+  uint32_t r;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(r) : "r"(shared_address), "r"(rank));
+  return r;
+}
+/// Arrives in another CTA. Relaxed: what it tells is that asynchronous reads are complete; a release would be a GPU-wide fence.
+__device__ __forceinline__ void mbarrier_arrive_remote(uint32_t cluster_address) {
+  asm volatile("mbarrier.arrive.relaxed.cluster.shared::cluster.b64 _, [%0];" ::"r"(cluster_address) : "memory");
+}
+/// Copies shared memory to another CTA's, completing a barrier there.
+__device__ __forceinline__ void bulk_send(uint32_t destination, const void* source, uint32_t bytes, uint32_t barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(destination),
+               "r"(shared_address(source)), "r"(bytes), "r"(barrier)
+               : "memory");
+}
+/// Stores a word in another CTA, completing 4 bytes of a barrier there.
+__device__ __forceinline__ void store_remote(uint32_t destination, int value, uint32_t barrier) {
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(destination), "r"(value),
+               "r"(barrier)
+               : "memory");
+}
+
 // ---------------------------------------------------------------------------------- fences, register budgets
 
 /// Ordinary shared-memory stores before this become visible to wgmma and bulk copies; by each writing thread, before the barrier.

@@ -30,19 +30,22 @@ int rf_hopper_backward(const RfHopperBackwardParams* params, void* stream) {
   RF_REQUIRE(c.items && c.runs && c.bands && c.counter && (!c.turns || (c.visit_offsets && c.visits)), RF_ERROR_NULL_POINTER);
   RF_REQUIRE(c.dtype == RF_BFLOAT16 || c.dtype == RF_FLOAT16, RF_ERROR_DTYPE);
   RF_REQUIRE(c.scale > 0.f && c.softcap >= 0.f, RF_ERROR_SHAPE);
+  RF_REQUIRE(!c.pairs || !c.turns, RF_ERROR_UNSUPPORTED);
   return ringflash::with_backward_tile(c.head_dim, c.head_dim_v, [&](auto tile) {
     using Tile = decltype(tile);
+    if (c.pairs && !Tile::kPairs) return static_cast<int>(RF_ERROR_UNSUPPORTED);
     const auto s = static_cast<cudaStream_t>(stream);
     return c.dtype == RF_FLOAT16 ? ringflash::launch_backward<__half, Tile>(c, s)
                                  : ringflash::launch_backward<__nv_bfloat16, Tile>(c, s);
   });
 }
 
-int rf_hopper_backward_tile(int32_t head_dim, int32_t head_dim_v, int32_t* rows, int32_t* keys) {
-  RF_REQUIRE(rows && keys, RF_ERROR_NULL_POINTER);
+int rf_hopper_backward_tile(int32_t head_dim, int32_t head_dim_v, int32_t* rows, int32_t* keys, int32_t* pairs) {
+  RF_REQUIRE(rows && keys && pairs, RF_ERROR_NULL_POINTER);
   return ringflash::with_backward_tile(head_dim, head_dim_v, [&](auto tile) {
     *rows = decltype(tile)::kRows;
     *keys = decltype(tile)::kKeys;
+    *pairs = decltype(tile)::kPairs;
     return static_cast<int>(RF_OK);
   });
 }

@@ -26,18 +26,19 @@ struct RfHopperBackwardParams {
   int32_t batch, q_len, k_len, heads, kv_heads, head_dim, head_dim_v;
   int32_t item_count;
   int32_t dtype;  // RfDtype: RF_FLOAT16 or RF_BFLOAT16
-  int32_t ctas;   // multiprocessors to use
+  int32_t ctas;   // how many work at the same time: CTAs, one a multiprocessor, or pairs of them
   float scale;
   float softcap;  // 0: none
   int32_t store;  // 1: dk, dv are written; every key must be in one item only, and keys in no item are left alone
-  int32_t reserved;
+  int32_t pairs;  // 1: two CTAs share an item of twice the keys. Not with turns
 };
 
 /// RF_ERROR_UNSUPPORTED: no kernel for these head dims or this device; RF_ERROR_ALIGNMENT: a tensor map was refused.
 RF_API int rf_hopper_backward(const struct RfHopperBackwardParams* params, void* stream);
 
-/// The tile whose tables the kernel of these head dims wants: rows of queries, keys.
-RF_API int rf_hopper_backward_tile(int32_t head_dim, int32_t head_dim_v, int32_t* rows, int32_t* keys);
+/// The tile whose tables the kernel of these head dims wants: rows of queries, keys. pairs: 1 if two CTAs can share an item,
+/// whose tables then are those of twice the keys.
+RF_API int rf_hopper_backward_tile(int32_t head_dim, int32_t head_dim_v, int32_t* rows, int32_t* keys, int32_t* pairs);
 
 /// delta = rowsum(dout * out) - dlse, the row constant of the softmax gradient.
 struct RfDeltaParams {

@@ -83,12 +83,13 @@ struct __align__(16) Walk {
   uint64_t ends_soon, noted;
 };
 
-/// Tells every step of every item this CTA gets, in s.steps, then one with kStop; after each it calls on_step(i, step). By one
-/// thread.
-template <class Shared, class OnStep>
-__device__ __forceinline__ void walk_items(const BackwardParams& p, Shared& s, int rows, const OnStep& on_step) {
+/// Tells every step of every item this CTA gets, in s.steps, then one with kStop; after each it calls on_step(i, step). claim(n)
+/// gives the n-th item, share() says where in an item this CTA's keys begin. By one thread.
+template <class Shared, class Claim, class Share, class OnStep>
+__device__ __forceinline__ void walk_items(const BackwardParams& p, Shared& s, int rows, const Claim& claim, const Share& share,
+                                           const OnStep& on_step) {
   int i = 0;
-  s.walk.next = claim_item(p), s.walk.items = 0;
+  s.walk.next = claim(0), s.walk.items = 0;
   while (s.walk.next < p.item_count) {
     const int item = s.walk.next;
     s.walk.item[0] = __ldg(p.items + 2 * item), s.walk.item[1] = __ldg(p.items + 2 * item + 1);
@@ -103,13 +104,13 @@ __device__ __forceinline__ void walk_items(const BackwardParams& p, Shared& s, i
           Step& step = s.steps[i % kStepRing];
           const int4 r = __ldg(p.runs + run);  // again for every step: in L1, and cheaper than the registers
           step.first_row = m * rows, step.head = s.walk.item[1].y, step.batch = s.walk.item[0].w;
-          step.first_key = s.walk.item[0].z, step.kv_head = s.walk.item[1].x;
+          step.first_key = s.walk.item[0].z + share(), step.kv_head = s.walk.item[1].x;
           step.band_begin = r.z, step.band_count = r.w;
           m = m + 1 < r.y ? m + 1 : -1;
           // The next item is claimed with the last tile and not earlier: early claims undo longest-first.
           if (m < 0 && run + 1 == s.walk.item[0].y && s.walk.item[1].y + 1 == s.walk.item[1].z) {
             flags |= kLast;
-            s.walk.next = claim_item(p);
+            s.walk.next = claim(s.walk.items + 1);
           }
           step.flags = flags;
           flags = 0;
@@ -132,7 +133,9 @@ __device__ __forceinline__ void produce_tiles(const BackwardParams& p, Shared& s
                                               const CUtensorMap* k_map, const CUtensorMap* v_map, const CUtensorMap* dout_map) {
   ptx::prefetch_tensor_map(q_map), ptx::prefetch_tensor_map(k_map);
   ptx::prefetch_tensor_map(v_map), ptx::prefetch_tensor_map(dout_map);
-  walk_items(p, s, Rows, [&](int i, const Step& step) {
+  const auto claim = [&](int) { return claim_item(p); };
+  const auto share = [] { return 0; };
+  walk_items(p, s, Rows, claim, share, [&](int i, const Step& step) {
     constexpr int kStages = sizeof(s.q) / sizeof(s.q[0]);
     const int stage = i % kStages;
     ptx::mbarrier_wait(&s.q_free[stage], (i / kStages & 1) ^ 1);

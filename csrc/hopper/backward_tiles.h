@@ -8,6 +8,7 @@ namespace ringflash {
 template <int HeadDim_, int Rows_>
 struct NarrowTile {
   static constexpr int kHeadDim = HeadDim_, kRows = Rows_, kKeys = 128;
+  static constexpr bool kPairs = HeadDim_ == 128;  // whether backward_pair.cuh is compiled; at D 64 it lost, at 96 it did nothing
   static constexpr int kPanels = (HeadDim_ + 63) / 64;  // of 64 columns, 128 bytes
   static constexpr int kQStages =
       3;  // with two, the consumers could not work half a step apart (measured: D 64 loses 22 % of its time)
@@ -22,6 +23,7 @@ struct NarrowTile {
 template <int HeadDim_, int HeadDimV_, int KPanels_, int VPanels_>
 struct WideTile {
   static constexpr int kHeadDim = HeadDim_, kHeadDimV = HeadDimV_, kRows = 64, kKeys = 64;
+  static constexpr bool kPairs = false;
   static constexpr int kPanels = HeadDim_ / 64, kPanelsV = HeadDimV_ / 64;
   static constexpr int kDoutStages = HeadDim_ + HeadDimV_ > 384 ? 1 : 2;  // as shared memory allows
   static constexpr int kFirstK = KPanels_, kFirstV = VPanels_;

@@ -54,7 +54,7 @@ def _library() -> ctypes.CDLL | None:
     lib.rf_hopper_backward.argtypes = [ctypes.c_char_p, ctypes.c_void_p]
     lib.rf_hopper_backward.restype = ctypes.c_int
     int32_pointer = ctypes.POINTER(ctypes.c_int32)
-    lib.rf_hopper_backward_tile.argtypes = [ctypes.c_int32, ctypes.c_int32, int32_pointer, int32_pointer]
+    lib.rf_hopper_backward_tile.argtypes = [ctypes.c_int32, ctypes.c_int32, *[int32_pointer] * 3]
     lib.rf_hopper_backward_tile.restype = ctypes.c_int
     lib.rf_delta.argtypes = [ctypes.POINTER(_DeltaParams), ctypes.c_void_p]
     lib.rf_delta.restype = ctypes.c_int
@@ -70,14 +70,14 @@ def refuses(problem: Problem) -> str | None:
 
 
 @cache
-def _tile(head_dim: int, head_dim_v: int) -> tuple[int, int]:
-    """Queries and keys of the tiles that the kernel of these head dims computes."""
+def _tile(head_dim: int, head_dim_v: int) -> tuple[int, int, bool]:
+    """Queries and keys of the tiles of the kernel of these head dims, and whether two CTAs can share twice the keys."""
     lib = _library()
     assert lib is not None
-    rows, keys = ctypes.c_int32(), ctypes.c_int32()
-    code = lib.rf_hopper_backward_tile(head_dim, head_dim_v, ctypes.byref(rows), ctypes.byref(keys))
+    rows, keys, pairs = ctypes.c_int32(), ctypes.c_int32(), ctypes.c_int32()
+    code = lib.rf_hopper_backward_tile(head_dim, head_dim_v, *map(ctypes.byref, (rows, keys, pairs)))
     ops.check(lib, "rf_hopper_backward_tile", code)
-    return rows.value, keys.value
+    return rows.value, keys.value, bool(pairs.value)
 
 
 @cache
@@ -185,8 +185,7 @@ def gradients(
         written = _work(q, k, v, slices, deterministic, True, sm_margin)
         write = deterministic or written.duration <= _work(q, k, v, slices, False, False, sm_margin).duration
         work = written if write else _work(q, k, v, slices, False, False, sm_margin)
-        _, keys = _tile(q.shape[3], v.shape[3])
-        every_key = len(work.items) == -(-k.shape[1] // keys) * k.shape[0] * k.shape[2]
+        every_key = len(work.items) == -(-k.shape[1] // work.keys) * k.shape[0] * k.shape[2]
         new = torch.empty if write and every_key else torch.zeros
         dtype = q.dtype if write else torch.float32
         dk, dv = (new(x.shape, dtype=dtype, device=x.device) for x in (k, v))
@@ -199,7 +198,8 @@ def gradients(
 def _work(q: Tensor, k: Tensor, v: Tensor, slices: Slices, deterministic: bool, write: bool, sm_margin: int) -> WorkList:
     B, Sq, H, D = q.shape
     ctas = max(1, _multiprocessors(q.device) - sm_margin)
-    shape = Shape(Sq, k.shape[1], B, H, k.shape[2], D, *_tile(D, v.shape[3]), ctas)
+    rows, keys, pairs = _tile(D, v.shape[3])
+    shape = Shape(Sq, k.shape[1], B, H, k.shape[2], D, rows, keys, ctas, pairs)
     return work_list(slices, shape, deterministic=deterministic, write=write)
 
 
@@ -220,7 +220,8 @@ def _launch(
     assert lib is not None
     B, Sq, H, D = q.shape
     Sk, Hkv, Dv = k.shape[1], k.shape[2], v.shape[3]
-    rows, _ = _tile(D, Dv)
+    rows, _, _ = _tile(D, Dv)
+    ctas = max(1, _multiprocessors(q.device) - sm_margin)
     if not len(work.items):
         return
     items, runs, bands, *order = work.on(q.device)
@@ -254,11 +255,11 @@ def _launch(
         Dv,
         len(work.items),
         ops.DTYPES[q.dtype],
-        min(max(1, _multiprocessors(q.device) - sm_margin), len(work.items)),
+        min(ctas // 2 if work.pairs else ctas, len(work.items)),
         scale,
         softcap,
         dk.dtype == q.dtype,
-        0,
+        work.pairs,
     )
     ops.check(lib, "rf_hopper_backward", lib.rf_hopper_backward(params, stream))
 

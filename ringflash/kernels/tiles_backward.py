@@ -1,14 +1,15 @@
 """The work list of the Hopper backward: which tiles of keys meet which tiles of queries, in which order, in which portions.
 
-A *tile* of keys is worked on by one CTA, which walks over the query tiles that see it (the runs of ``tiles.backward_table``). An
-*item* is what a CTA takes at once: one tile of keys, one KV head, some or all query heads of its group, some or all of the runs.
+A *tile* of keys is worked on by one CTA, or, of twice the size, by a pair; it meets the query tiles that see it (the runs of
+``tiles.backward_table``). An *item* is what is taken at once: one tile of keys, one KV head, some or all query heads of its
+group, some or all of the runs.
 All scheduling is data in this list; the kernel takes the items in order. No item is empty.
 """
 
 from __future__ import annotations
 
 import heapq
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import numpy as np
@@ -27,6 +28,9 @@ converts)."""
 GROUP_BYTES = {64: 8 << 20, 256: 32 << 20}
 """By head dim, up to: share of the L2 that the queries, dout and dq of the heads in work at the same time may take. Measured on
 an H200 with 8 and 32 MB, TFLOP/s: D 64 at 4k tokens 500, 429 full and 468, 435 causal; D 128 at 8k 572, 566 and 552, 570."""
+PAIR_STEP, PAIR_COST = 0.88, 2.0
+"""What a pair of CTAs takes for a step of twice the keys, and more for an item (its keys are loaded late), in steps of a CTA
+alone. Measured at D 128: pairs are 2-9 % ahead from 4k tokens on, 2-8 % behind at 1k and 2k."""
 SIMULATED_ITEMS = 8192
 """How much of the end of a list its duration is simulated for."""
 FAR = 1 << 29
@@ -35,7 +39,10 @@ FAR = 1 << 29
 
 @dataclass(frozen=True)
 class Shape:
-    """What the list depends on besides the Slices. rows, keys: the kernel's tile. ctas: how many work at the same time."""
+    """What the list depends on besides the Slices.
+
+    rows, keys: the kernel's tile. ctas: how many work at the same time. pairs: two of them may share an item of twice the keys.
+    """
 
     q_len: int
     k_len: int
@@ -46,6 +53,7 @@ class Shape:
     rows: int
     keys: int
     ctas: int
+    pairs: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,11 +66,14 @@ class WorkList:
     visit_offsets, visits: deterministic lists only. Query tile m is visited by the key tiles of the intervals
     visits[visit_offsets[m] : visit_offsets[m + 1]], once per interval that holds them.
     duration: until the last CTA is done, estimated in steps.
+    keys: of a tile; pairs: whether two CTAs work on one.
     """
 
     items: Int32Array
     runs: Int32Array
     bands: Int32Array
+    keys: int
+    pairs: bool
     duration: float = 0.0
     visit_offsets: Int32Array | None = None
     visits: Int32Array | None = None
@@ -82,11 +93,19 @@ class WorkList:
 
 @lru_cache(maxsize=256)
 def work_list(slices: Slices, shape: Shape, *, deterministic: bool = False, write: bool = False) -> WorkList:
-    """The list for one launch.
+    """The list for one launch, for pairs of CTAs where they are expected to be done sooner.
 
     No two items share keys with ``write`` (dk and dv are written, not added to), nor with ``deterministic``, where key tiles also
-    come last to first.
+    come last to first and no CTAs pair.
     """
+    alone = _work_list(slices, replace(shape, pairs=False), deterministic, write)
+    if deterministic or not shape.pairs or shape.ctas < 2:
+        return alone
+    paired = _work_list(slices, replace(shape, keys=2 * shape.keys, ctas=shape.ctas // 2), False, write)
+    return paired if paired.duration < alone.duration else alone
+
+
+def _work_list(slices: Slices, shape: Shape, deterministic: bool, write: bool) -> WorkList:
     table = tiles.backward_table(slices, shape.q_len, shape.k_len, shape.keys, shape.rows)
     tile, begin, end, band_begin, band_count, bands = _runs_of(table, shape)
     if deterministic:
@@ -95,18 +114,21 @@ def work_list(slices: Slices, shape: Shape, *, deterministic: bool = False, writ
     tile, begin, end, band_begin, band_count = (x[order] for x in (tile, begin, end, band_begin, band_count))
     runs = np.stack([begin, end, band_begin, band_count], axis=1)
     each = WRITE_COST if write else ADD_COST
+    step = 1.0
+    if shape.pairs:
+        each, step = each + PAIR_COST, PAIR_STEP
     if deterministic:
         items = _items(tile, runs, shape, last_first=True)[0]
         offsets, visits = _visits(tile, begin, end, band_count >> 16, -(-shape.q_len // shape.rows))
-        return WorkList(_int32(items), _int32(runs), _int32(bands), 0.0, _int32(offsets), _int32(visits))
+        return WorkList(_int32(items), _int32(runs), _int32(bands), shape.keys, False, 0.0, _int32(offsets), _int32(visits))
     items, steps, cost = _items(tile, runs, shape)
-    duration = _duration(cost + each, shape.ctas)
+    duration = _duration(cost * step + each, shape.ctas)
     if not write:
         parts = _divide(items, runs, steps, _portions(cost, shape), shape.heads // shape.kv_heads)
-        shorter = _duration(parts[2] + each, shape.ctas)
+        shorter = _duration(parts[2] * step + each, shape.ctas)
         if shorter < duration:
             items, runs, duration = parts[0], parts[1], shorter
-    return WorkList(_int32(items), _int32(runs), _int32(bands), duration)
+    return WorkList(_int32(items), _int32(runs), _int32(bands), shape.keys, shape.pairs, duration)
 
 
 def _int32(x: IntArray) -> Int32Array:

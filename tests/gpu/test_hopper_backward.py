@@ -6,14 +6,14 @@ Gradients are added to what is there, so every check starts from random gradient
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import Tensor
 
-from ringflash.kernels import Problem, hopper_backward
+from ringflash.kernels import Problem, hopper_backward, tiles_backward
 from ringflash.slices import UNBOUNDED, Slices
 from ringflash.testing.oracle import Inputs, Results, dense_results
 
@@ -131,6 +131,71 @@ def test_masks(case: Case, dims: tuple[int, int], deterministic: bool) -> None:
     x, scale = inputs_of(case, torch.bfloat16, *dims), dims[0] ** -0.5
     exact, plain = exact_and_plain(case, x, scale=scale)
     agree(differentiate(case, x, exact, scale=scale, deterministic=deterministic), exact, plain)
+
+
+@pytest.fixture
+def pairs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """CTAs work in pairs wherever they can, however short the sequence."""
+    monkeypatch.setattr(tiles_backward, "PAIR_STEP", 0.0)
+    monkeypatch.setattr(tiles_backward, "PAIR_COST", -10.0)
+    tiles_backward.work_list.cache_clear()
+    yield
+    tiles_backward.work_list.cache_clear()
+
+
+@pytest.mark.usefixtures("pairs")
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("D", [128, 104])
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.why)
+def test_masks_in_pairs(case: Case, D: int, dtype: torch.dtype, softcap: float) -> None:
+    x = inputs_of(case, dtype, D, D)
+    exact, plain = exact_and_plain(case, x, scale=D**-0.5, softcap=softcap)
+    agree(differentiate(case, x, exact, scale=D**-0.5, softcap=softcap), exact, plain)
+
+
+@pytest.mark.usefixtures("pairs")
+def test_a_pass_of_one_step_in_pairs() -> None:
+    test_a_pass_of_one_step_in_the_final_dtype((128, 128), deterministic=False)
+
+
+@pytest.mark.usefixtures("pairs")
+@pytest.mark.parametrize("sm_margin", [0, 1, 5, 129, 130, 131])
+def test_pairs_repeat_on_any_number_of_multiprocessors(sm_margin: int) -> None:
+    """Additions come in any order; a race would show as more than their rounding."""
+    case = Case("long, GQA", 1, 2500, 2500, 4, 2, causal(2500))
+    x = inputs_of(case, torch.bfloat16, 128, 128)
+    exact, plain = exact_and_plain(case, x, scale=0.1)
+    first = differentiate(case, x, exact, scale=0.1, sm_margin=sm_margin)
+    agree(first, exact, plain)
+    for _ in range(10):
+        for a, b in zip(differentiate(case, x, exact, scale=0.1, sm_margin=sm_margin), first, strict=True):
+            assert (a - b).norm() <= 1e-5 * b.norm()
+
+
+@pytest.mark.usefixtures("pairs")
+def test_pairs_in_a_graph() -> None:
+    case = CASES[2]
+    x = inputs_of(case, torch.bfloat16, 128, 128)
+    exact, plain = exact_and_plain(case, x, scale=0.1)
+    lse, delta = exact.lse.float(), (exact.out * x.dout.double()).sum(-1).transpose(1, 2).float()
+    total = [torch.zeros(t.shape, device="cuda") for t in (x.q, x.k, x.v)]
+    dq, dk, dv = total
+
+    def step() -> None:
+        slices = Slices.from_rows(case.rows)
+        hopper_backward.backward(x.dout, x.q, x.k, x.v, None, lse, delta, slices, scale=0.1, dq=dq, dk=dk, dv=dv)
+
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    for _ in range(3):
+        for t in total:
+            t.zero_()
+        graph.replay()
+        agree(total, exact, plain)
 
 
 @pytest.mark.parametrize("D", [8, 40, 80, 120, 136, 200, 248])
