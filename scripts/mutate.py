@@ -143,10 +143,11 @@ BUGS = (
     Bug("queries travel: bounds not turned", "parallel/plan.py", "[k0, k1, q0, q1, -hi, -lo]", "[k0, k1, q0, q1, lo, hi]"),
     Bug("queries travel: residue not turned", "parallel/plan.py", "-self.residue % self.modulus", "self.residue % self.modulus"),
     Bug(
-        "a piece's bands are the whole chunk's",
+        "chunks are not cut inside a run",
         "parallel/plan.py",
         "n = min(run.length - done, cuts[piece] - offset)",
         "n = run.length - done",
+        PLAN,
     ),
     Bug(
         "a step for a chunk that nobody needs",
