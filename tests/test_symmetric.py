@@ -352,6 +352,12 @@ def wrongs(seed: int, world: int = 3, transport: type[Symmetric] = Symmetric) ->
     return [text for rank in ranks for text in rank.wrong]
 
 
+@pytest.fixture(params=[0, 1 << 20], ids=["one by one", "together"], autouse=True)
+def together(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks fetched as each owner is ready, and once all are."""
+    monkeypatch.setattr("ringflash.parallel.transport.symmetric.TOGETHER_BYTES", request.param)
+
+
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_no_interleaving_overwrites_what_a_peer_still_reads(world: int) -> None:
     for seed in range(25):

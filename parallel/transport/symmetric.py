@@ -51,6 +51,9 @@ from ringflash.parallel.transport.p2p import P2P
 from ringflash.parallel.watchdog import reached, watch
 
 BUFFERS = 2
+TOGETHER_BYTES = 4 << 20
+"""Up to here the chunks of one post are fetched once all their owners are ready, and given back together: two calls of the driver
+instead of two for each. Above, each is fetched as soon as its owner is ready. (Not tuned.)"""
 KINDS = ("chunks", "gradients")
 READY, BUSY = 0, 1
 
@@ -281,53 +284,77 @@ class Symmetric(Transport):
     def post(self, label: Label, sends: Sequence[Message], receives: Sequence[Message]) -> Pending:
         if label.what == "heads":
             return self.heads.post(label, sends, receives)
-        sends, receives = ([m for m in messages if m.tensor.numel()] for messages in (sends, receives))  # both sides know sizes
         gpu, lane, index = self.gpu, self.lanes[label.what], self._index(label)
-        main, signals = gpu.current(), lane.signals
-        signalled, done = None, None
-        if news := tuple(dict.fromkeys(m.peer for m in sends if m.peer not in lane.told[index])):
-            lane.told[index].update(news)
+        main, now, signalled, done = gpu.current(), None, None, None
+        told = lane.told[index]
+        # Messages without elements do not travel; both sides know the sizes.
+        if news := tuple(dict.fromkeys(m.peer for m in sends if m.peer not in told and m.tensor.numel())):
+            told.update(news)
             ops = self._ops(lane, "signal", index, news)
             if gpu.capturing():
                 gpu.issue(main, ops)
             else:  # a chunk is complete since its first post; later readers need not wait for more
-                complete = lane.complete[index]
-                if complete is None:
-                    complete = lane.complete[index] = gpu.mark(main)
-                gpu.wait(signals, complete)
-                gpu.issue(signals, ops)
-                signalled = gpu.mark(signals)
-        if receives:
-            gpu.wait(lane.copies, gpu.mark(main))  # the memory being filled may have been in use until now
-            for peer in dict.fromkeys(m.peer for m in receives):
-                self._read(lane, label, index, peer, [m for m in receives if m.peer == peer])
+                if (complete := lane.complete[index]) is None:
+                    complete = now = lane.complete[index] = gpu.mark(main)
+                gpu.wait(lane.signals, complete)
+                gpu.issue(lane.signals, ops)
+                signalled = gpu.mark(lane.signals)
+        reads: dict[int, list[Message]] = {}
+        nbytes = 0
+        for m in receives:
+            if n := m.tensor.nbytes:
+                nbytes += n
+                reads.setdefault(m.peer, []).append(m)
+        if reads:
+            gpu.wait(lane.copies, now or gpu.mark(main))  # the memory being filled may have been in use until now
+            together = nbytes <= TOGETHER_BYTES
+            for peers in (tuple(reads),) if together else ((peer,) for peer in reads):
+                self._read(lane, label, index, peers, reads)
             done = gpu.mark(lane.copies)
-        return _Pull(self, label, signalled, done, receives)
+        return _Pull(self, label, signalled, done, tuple(reads), receives)
 
-    def _read(self, lane: _Lane, label: Label, index: int, peer: int, messages: list[Message]) -> None:
-        """Copies of one post from one peer."""
+    def _read(
+        self, lane: _Lane, label: Label, index: int, peers: tuple[int, ...], reads: Mapping[int, Sequence[Message]]
+    ) -> None:
+        """Copies of one post from some peers, once all of these are ready."""
         gpu, stream = self.gpu, lane.copies
         assert lane.shared is not None
-        which = (label.step if label.what == "gradients" else 0, peer)
-        lane.begun[which] += 1
-        if lane.begun[which] == 1:
-            trace.begin(trace.WAIT, label.step, peer, label.what, stream)
-            gpu.issue(stream, self._ops(lane, "arrive", index, (peer,)))
-            trace.end(trace.WAIT, label.step, peer, label.what, stream)
-        trace.begin(trace.COPY, label.step, peer, label.what, stream)
-        begin = lane.shared.addresses[peer] + index * lane.size
-        for m in messages:
-            gpu.copy(stream, m.tensor, begin + m.row * (m.tensor.nbytes // m.tensor.shape[0]))
-        trace.end(trace.COPY, label.step, peer, label.what, stream)
-        if lane.begun[which] == lane.reads[which]:
-            gpu.issue(stream, self._ops(lane, "leave", index, (peer,)))
+        step, who = label.step if label.what == "gradients" else 0, peers[0] if len(peers) == 1 else None
+        first, last = [], []
+        for peer in peers:
+            lane.begun[step, peer] += 1
+            if lane.begun[step, peer] == 1:
+                first.append(peer)
+            if lane.begun[step, peer] == lane.reads[step, peer]:
+                last.append(peer)
+        if first:
+            trace.begin(trace.WAIT, label.step, who, label.what, stream)
+            gpu.issue(stream, self._ops(lane, "arrive", index, tuple(first)))
+            trace.end(trace.WAIT, label.step, who, label.what, stream)
+        trace.begin(trace.COPY, label.step, who, label.what, stream)
+        for peer in peers:
+            begin = lane.shared.addresses[peer] + index * lane.size
+            for m in reads[peer]:
+                gpu.copy(stream, m.tensor, begin + m.row * (m.tensor.nbytes // m.tensor.shape[0]))
+        trace.end(trace.COPY, label.step, who, label.what, stream)
+        if last:
+            gpu.issue(stream, self._ops(lane, "leave", index, tuple(last)))
 
 
 class _Pull:
     """Copies under way; keeps the tensors being filled."""
 
-    def __init__(self, transport: Symmetric, label: Label, signalled: Any, done: Any, receives: list[Message]) -> None:
-        self.transport, self.label, self.signalled, self.done, self.receives = transport, label, signalled, done, receives
+    def __init__(
+        self, transport: Symmetric, label: Label, signalled: Any, done: Any, peers: tuple[int, ...], kept: Sequence[Message]
+    ) -> None:
+        self.transport, self.label, self.signalled, self.done, self.peers, self.kept = (
+            transport,
+            label,
+            signalled,
+            done,
+            peers,
+            kept,
+        )
 
     def wait(self) -> None:
         gpu = self.transport.gpu
@@ -337,8 +364,8 @@ class _Pull:
         if self.done is not None:
             begun = gpu.begun()
             gpu.wait(main, self.done)
-            gpu.watch(self.label, sorted({m.peer for m in self.receives}), begun)
-        self.receives = []
+            gpu.watch(self.label, self.peers, begun)
+        self.kept = ()
 
 
 @lru_cache(maxsize=1024)

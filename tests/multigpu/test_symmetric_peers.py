@@ -93,15 +93,15 @@ class SignalsBeforeItIsComplete(Symmetric):
 class SwapsTheBuffers(Symmetric):
     """Every third read is of the other buffer."""
 
-    reads = 0
+    turns = 0
 
-    def _read(self, lane: Any, label: Label, index: int, peer: int, messages: Any) -> None:
-        self.reads += 1
+    def _read(self, lane: Any, label: Label, index: int, peers: tuple[int, ...], reads: Any) -> None:
+        self.turns += 1
         shared = lane.shared
-        if self.reads % 3 == 0:
+        if self.turns % 3 == 0:
             other = lane.size * (1 - 2 * index)
             lane.shared = shared._replace(addresses=tuple(a + other for a in shared.addresses))
-        super()._read(lane, label, index, peer, messages)
+        super()._read(lane, label, index, peers, reads)
         lane.shared = shared
 
 
