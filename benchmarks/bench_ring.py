@@ -19,7 +19,7 @@ import os
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,8 @@ from ringflash.parallel.plan import Plan, row_bytes
 GIB = 2**30
 PASSES = ("forward", "both")
 """Methods of a System that are timed."""
+SHORT = 32768
+"""Tokens of a work on which a long one's kernels are tried."""
 
 
 @dataclass
@@ -103,7 +105,11 @@ class System:
             else:
                 self.attend = lambda q, k, v: rf.attention(q, k, v, mask=mask, backend=backend or "auto")
         elif kind == "ringflash":
-            cp = rf.ContextParallel(None, work.layout, cfg.schedule, transport=cfg.transport).for_mask(mask)
+            lean = backend == "lean"
+            backend, memory_budget = ("", "lean") if lean else (backend, cfg.memory_budget)
+            cp = rf.ContextParallel(
+                None, work.layout, cfg.schedule, transport=cfg.transport, memory_budget=memory_budget
+            ).for_mask(mask)
             cp.position_ids(work.seqlen)
             self.plan = cp.plan(dist.get_rank(), mask, work.seqlen, work.seqlen, work.heads, work.kv_heads)
             tokens = cp.layout_of(work.seqlen).lengths[dist.get_rank()]
@@ -188,11 +194,13 @@ def _everywhere(total: int) -> int:
 
 
 def started(name: str, work: Work, cfg: DictConfig, device: torch.device, say: Callable[..., None]) -> System | None:
-    """The system, run once; None, with a word, where it cannot do the work on some rank."""
+    """The system, run once (a long work: forward only); None, with a word, where it cannot do the work on some rank."""
     failed, system = torch.zeros(1, device=device), None
     try:
+        if work.long:  # kernels are loaded, or compiled, on a short one
+            System(name, replace(work, seqlen=SHORT), cfg, device).both()
         system = System(name, work, cfg, device)
-        system.measured_both()
+        system.forward() if work.long else system.measured_both()
     except Exception as error:
         failed += 1
         reason = str(error) if isinstance(error, (ValueError, ImportError)) else traceback.format_exc(limit=-3)[-600:]
@@ -206,7 +214,7 @@ def measure(
     work: Work, cfg: DictConfig, device: torch.device, say: Callable[..., None]
 ) -> tuple[list[Row], list[dict[str, Any]]]:
     """All systems on one work, interleaved; and the spans of a recorded pass of ringflash, of all ranks."""
-    names = cfg.systems or ("single", "ringflash", *work.peers)
+    names = cfg.systems or ("single", *work.ours, *work.peers)
     systems = [s for name in names if (s := started(name, work, cfg, device, say)) is not None]
     rounds = work.rounds if work.rounds is not None else cfg.rounds
     repeats: dict[tuple[str, str], int] = {}
@@ -220,7 +228,8 @@ def measure(
     for first in range(rounds):
         for system in rotated(systems, first):
             for run in PASSES:
-                system.ms[run].append(reading(getattr(system, run), repeats.get((system.name, run), 1)))
+                call = system.measured_both if work.long and run == "both" else getattr(system, run)
+                system.ms[run].append(reading(call, repeats.get((system.name, run), 1)))
     rows = [row_of(system, work, cfg) for system in systems]
     spans: list[dict[str, Any]] = []
     for system, row in zip(systems, rows, strict=True):
@@ -303,7 +312,7 @@ def summary(rows: Sequence[Row]) -> list[str]:
         exposed = "" if r.forward_exposed_ms is None else f", waits {r.forward_exposed_ms:.2f} / {r.backward_exposed_ms:.2f} ms"
         moved = f", moved {r.gib_moved / r.gib_least:.3f} x the least bytes" if r.gib_moved and r.gib_least else ""
         lines.append(
-            f"{r.work:15} {r.system:12} of single {r.forward_ratio} / {r.both_ratio}, "
+            f"{r.work:15} {r.system:14} of single {r.forward_ratio} / {r.both_ratio}, "
             f"x best peer {r.forward_over_peer} / {r.both_over_peer} ({best}), "
             f"peak {r.peak_gib} GiB of a budget of {r.budget_gib}{exposed}{moved}"
         )

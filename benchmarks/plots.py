@@ -23,6 +23,7 @@ LABELS = {
     "flash_attn_4": "FlashAttention-4",
     "single": "one GPU, no exchange",
     "ringflash": "ringflash",
+    "ringflash_lean": "ringflash, lean memory",
     "ring_flash_attn_fa4": "ring-flash-attn, FA4 kernels",
     "ring_flash_attn_fa2": "ring-flash-attn, FA2 kernels",
     "ulysses_cudnn": "Ulysses + cuDNN",
