@@ -48,6 +48,10 @@ COMPACT = ("tests/test_plan.py::test_ranks_do_not_walk_past_chunks_they_do_not_n
 DUE = ("tests/test_plan.py::test_gradients_cross_slow_links_while_the_next_block_is_computed",)
 TURNED = ("tests/test_property.py::test_queries_may_travel",)
 LAYOUT = ("tests/test_layout.py",)
+SYMMETRIC = ("tests/test_symmetric.py::test_no_interleaving_overwrites_what_a_peer_still_reads",)
+DRAWN_SYMMETRIC = ("tests/test_symmetric.py::test_drawn_passes_over_symmetric_memory",)
+GROUPS = ("tests/test_groups.py",)
+KNOWN = ("tests/test_host_time.py::test_a_call_that_differs_is_another_call",)
 NONFINITE = ("tests/test_nonfinite.py::test_a_bad_value_reaches_the_rows_that_see_it_and_no_others",)
 
 TIMEOUT_S = 300
@@ -202,6 +206,44 @@ BUGS = (
         "out[:, :, sorted(index, reverse=True)] if keys and index else out",
     ),
     Bug("Ulysses: gradients of a shared key head not added", "parallel/heads.py", "+= parts[member]", "= parts[member]"),
+    # symmetric memory
+    Bug(
+        "symmetric: a buffer is written while it is read",
+        "parallel/transport/symmetric.py",
+        "return [Op(True, address, 0) for address in busy]",
+        "return [Op(False, address, 0) for address in busy]",
+        SYMMETRIC,
+    ),
+    Bug(
+        "symmetric: a reader does not wait for the owner",
+        "parallel/transport/symmetric.py",
+        "(Op(True, address, 1), Op(False, address, 0))",
+        "(Op(False, address, 0),)",
+        SYMMETRIC,
+    ),
+    Bug(
+        "symmetric: the other buffer is read",
+        "parallel/transport/symmetric.py",
+        "lane.shared.addresses[peer] + index * lane.size",
+        "lane.shared.addresses[peer] + (1 - index) * lane.size",
+        DRAWN_SYMMETRIC,
+    ),
+    Bug(
+        "symmetric: a reader leaves after the first piece",
+        "parallel/transport/symmetric.py",
+        "if lane.begun[step, peer] == lane.reads[step, peer]:",
+        "if lane.begun[step, peer] == 1:",
+        SYMMETRIC,
+    ),
+    # groups of heads, known calls
+    Bug(
+        "gradients of a group of heads in another one's place",
+        "ringflash/autograd.py",
+        "_heads(whole, i, n).copy_(result)",
+        "_heads(whole, n - 1 - i, n).copy_(result)",
+        GROUPS,
+    ),
+    Bug("a known call forgets the softcap", "ringflash/api.py", "mask, scale, softcap,\n", "mask, scale,\n", KNOWN),
     # the loops
     Bug("sign of dlse", "ringflash/autograd.py", "else arrived[1].squeeze(-1)", "else -arrived[1].squeeze(-1)"),
     Bug("dlse ignored", "ringflash/autograd.py", "rowsum_delta(dout, saved.out, dlse)", "rowsum_delta(dout, saved.out, None)"),
