@@ -20,7 +20,7 @@ from ringflash.parallel.plan import MAX_GAP, Plan, PlanKey, Schedule, make_plan,
 from ringflash.parallel.transport import Transport
 from ringflash.parallel.transport.allgather import AllGather
 from ringflash.parallel.transport.alltoall import AllToAll
-from ringflash.parallel.transport.p2p import P2P, second_group
+from ringflash.parallel.transport.p2p import P2P, far_groups
 from ringflash.parallel.transport.symmetric import NotSharedError, Symmetric
 
 TRANSPORTS = ("auto", "p2p", "allgather", "alltoall", "symmetric")
@@ -276,7 +276,7 @@ class ContextParallel(Sharding):
 
     def _p2p(self, device: torch.device) -> P2P:
         """With connections of its own for the slow links of a double ring."""
-        far = second_group(self.group, device) if self.relays else None
+        far = far_groups(self.group, device) if self.relays else None
         return P2P(self.group, self.timeout_s, self.agreement.last_word, far)
 
     def _meet_on_one_host(self, device: torch.device) -> None:

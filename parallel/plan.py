@@ -635,43 +635,45 @@ def _ring(schedule: Schedule, rank: int, rings: int, pieces: int, rows: Rows) ->
     return stages
 
 
-def _evenly(pieces: list[int], n: int, rows: Callable[[int], int]) -> list[list[int]]:
-    """Pieces in their order in at most n stages of about as many rows: ranks that need less are not done with a step before
-    others, who would wait for them in the next."""
+def _evenly(pieces: Sequence[int], n: int, rows: Callable[[int], int]) -> list[list[int]]:
+    """Those of the pieces that have rows, in their order, in n stages of about as many rows: ranks that need less are not done
+    with a step before others, who would wait for them in the next."""
     stages: list[list[int]] = [[] for _ in range(n)]
     held, total = 0, sum(rows(piece) for piece in pieces)
-    for piece in pieces:
+    for piece in (piece for piece in pieces if rows(piece)):
         stages[(2 * held + rows(piece)) * n // (2 * total)].append(piece)
         held += rows(piece)
-    return [stage for stage in stages if stage]
+    return stages
 
 
 def _double_ring(
-    schedule: Schedule, rings: int, pieces: int, far_first: bool, rows: Rows
+    schedule: Schedule, rings: int, pieces: int, n: int, returns: bool, rows: Rows
 ) -> tuple[list[list[list[int]]], list[Way]]:
-    """The stages of every rank, and the ways of their steps: blocks in which a piece that crosses the slow links is followed by
-    what the neighbours pass on, and steps on what the neighbours own. Blocks that nobody of a group needs do not exist."""
-    inner = schedule.inner
+    """The stages of every rank, and the ways of their steps: blocks in which what crosses the slow links is followed by what the
+    neighbours pass on, and steps on what the neighbours own. A chunk is taken in n parts. Blocks that nobody of a group needs do
+    not exist."""
+    inner, everyone = schedule.inner, range(rings)
 
-    def stage(rank: int, group: int, hop: int, piece: int) -> list[int]:
-        found = (group * inner + (rank - hop) % inner) * pieces + piece
-        return [found] if rows(rank, found) else []
+    def parts(rank: int, owner: int) -> list[list[int]]:
+        return _evenly(range(owner * pieces, (owner + 1) * pieces), n, partial(rows, rank))
 
-    near = [[stage(r, r // inner, hop, p) for hop in range(1, inner) for p in range(pieces)] for r in range(rings)]
+    near = [[part for hop in range(1, inner) for part in parts(r, r // inner * inner + (r - hop) % inner)] for r in everyone]
     far: list[list[list[int]]] = []
-    for rank in range(rings):
-        groups = [(rank // inner - d) % (rings // inner) for d in range(1, rings // inner)]
-        blocks = [[stage(rank, group, hop, p) for hop in range(inner)] for group in groups for p in range(pieces)]
-        far.append([stage for block in blocks if any(block) for stage in block])
+    for rank in everyone:
+        far.append([])
+        for group in ((rank // inner - d) % (rings // inner) for d in range(1, rings // inner)):
+            taken = [parts(rank, group * inner + (rank - hop) % inner) for hop in range(inner)]
+            blocks = [[of_owner[i] for of_owner in taken] for i in range(n)]
+            far[-1] += [stage for block in blocks if any(block) for stage in block]
     n_far = max(len(stages) for stages in far)
     far = [stages + [[]] * (n_far - len(stages)) for stages in far]
-    # A block is posted when the one before has arrived: the slow link is never idle. Its gradients are complete with its last
-    # step, but for those that neighbours still send then.
-    begins = range(1, n_far + 1, inner) if far_first else range(len(near[0]) + 1, len(near[0]) + n_far + 1, inner)
-    ways = {s: Way(0 if s == begins[0] else s - inner, s + inner if inner > 1 else s, inner > 1) for s in begins}
-    n_steps = len(near[0]) + n_far
-    stages = [[*b, *a] if far_first else [*a, *b] for a, b in zip(near, far, strict=True)]
-    return stages, [ways.get(s, Way(s - 1, s, False)) for s in range(1, n_steps + 1)]
+    # Blocks are posted at even distances, at most a chunk ahead of what is computed: the slow link is never idle for long. A
+    # block's gradients are complete with its last step, but for those that neighbours still send then.
+    begins = range(1, n_far + 1, inner) if returns else range(len(near[0]) + 1, len(near[0]) + n_far + 1, inner)
+    slots = [max(s - max(inner * n, 1), s * i // len(begins), 0) for i, s in enumerate(begins)]
+    ways = {s: Way(slot, s + inner if inner > 1 else s, inner > 1) for s, slot in zip(begins, slots, strict=True)}
+    stages = [[*b, *a] if returns else [*a, *b] for a, b in zip(near, far, strict=True)]
+    return stages, [ways.get(s, Way(s - 1, s, False)) for s in range(1, len(near[0]) + n_far + 1)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -683,6 +685,8 @@ class _World:
     together: int
     """Ring ranks that take what any of them needs, so that they can pass it on unchanged."""
     pieces: int
+    parts: int
+    """In which a double ring takes what it needs of a chunk: twice as many pieces, since some need but half of them."""
     bands: Bands
     low: _Lowered | None
     """Bands between everybody and everybody, where these were worth working out."""
@@ -694,13 +698,12 @@ class _World:
         """By ring rank and step - 1: the pieces of a stage. By step - 1: its way, the same for all ranks."""
         schedule = self.key.schedule
         if schedule.name == "double_ring":
-            return _double_ring(schedule, self.rings, self.pieces, self.key.returns, self.rows)
+            return _double_ring(schedule, self.rings, self.pieces, self.parts, self.key.returns, self.rows)
         stages = [_ring(schedule, rank, self.rings, self.pieces, self.rows) for rank in range(self.rings)]
         if schedule.rows:
             most = max(len(s) for s in stages)
-            stages = [
-                _evenly([piece for stage in s for piece in stage], most, partial(self.rows, r)) for r, s in enumerate(stages)
-            ]
+            even = (_evenly([p for stage in s for p in stage], most, partial(self.rows, r)) for r, s in enumerate(stages))
+            stages = [[stage for stage in s if stage] for s in even]
         return stages, [Way(n - 1, n, False) for n in range(1, 1 + max(len(s) for s in stages))]
 
     @cached_property
@@ -809,11 +812,12 @@ def _world(key: PlanKey) -> _World:
     schedule = key.schedule
     stay, move = key.moving()
     together = schedule.inner if schedule.name == "double_ring" else 1
-    pieces = schedule.pieces
-    if not pieces:
-        pieces = min(max(max(move.lengths) // PIECE_ROWS, 1), MOST_PIECES) if 1 < together < stay.world else 1
+    parts = schedule.pieces
+    if not parts:
+        parts = min(max(max(move.lengths) // PIECE_ROWS, 1), MOST_PIECES) if 1 < together < stay.world else 1
+    pieces = 2 * parts if together > 1 and parts > 1 else parts
     timeless = replace(key, schedule=Schedule(ulysses=schedule.ulysses), returns=False)
-    return _World(key, stay.world, together, pieces, *_needs(timeless, together, pieces))
+    return _World(key, stay.world, together, pieces, parts, *_needs(timeless, together, pieces))
 
 
 @lru_cache(maxsize=64)

@@ -163,8 +163,8 @@ BUGS = (
     Bug(
         "a block's gradients cross the slow links before the neighbours' are in",
         "parallel/plan.py",
-        "Way(0 if s == begins[0] else s - inner, s + inner if inner > 1 else s, inner > 1)",
-        "Way(0 if s == begins[0] else s - inner, s + inner - 1 if inner > 1 else s, inner > 1)",
+        "Way(slot, s + inner if inner > 1 else s, inner > 1)",
+        "Way(slot, s + inner - 1 if inner > 1 else s, inner > 1)",
     ),
     Bug(
         "what is left of the local work starts a tile late",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 
 import torch
@@ -13,12 +13,14 @@ from ringflash.parallel.transport import Label, Message, Pending, Transport, Tra
 from ringflash.parallel.watchdog import reached, watch
 
 
-def second_group(group: dist.ProcessGroup, device: torch.device) -> dist.ProcessGroup:
-    """Another group of the same ranks, with connections of its own. All of them must call it together."""
-    found = dist.new_group(dist.get_process_group_ranks(group), use_local_synchronization=True)
-    assert isinstance(found, dist.ProcessGroup)
-    if device.type == "cuda":  # NCCL sets up its rings in the first collective of a group, and needs all ranks there
-        dist.all_reduce(torch.zeros(1, device=device), group=found)
+def far_groups(group: dist.ProcessGroup, device: torch.device) -> dict[str, dist.ProcessGroup]:
+    """For chunks and for gradients another group of the same ranks each, with connections of its own. All of them must call it
+    together."""
+    found = {}
+    for what in ("chunks", "gradients"):
+        found[what] = dist.new_group(dist.get_process_group_ranks(group), use_local_synchronization=True)
+        if device.type == "cuda":  # NCCL sets up its rings in the first collective of a group, and needs all ranks there
+            dist.all_reduce(torch.zeros(1, device=device), group=found[what])
     return found
 
 
@@ -27,8 +29,9 @@ class P2P(Transport):
 
     timeout_s   how long a peer may keep silent before TransportError.
     ask         what a silent peer last said about itself (see agree.py), for the error's text.
-    far         a second group of the same ranks, for what crosses slow links: NCCL moves what is posted to one group in order,
-                so there everything after a slow transfer would wait for it.
+    far         further groups of the same ranks, for chunks and gradients that cross slow links: NCCL moves what is posted to one
+                group in order, so there everything after a slow transfer would wait for it. Chunks and gradients fill a link in
+                different directions where one side needs more of the other than that of it.
     """
 
     name = "p2p"
@@ -38,15 +41,18 @@ class P2P(Transport):
         group: dist.ProcessGroup,
         timeout_s: float,
         ask: Callable[[int], str] = lambda peer: "",
-        far: dist.ProcessGroup | None = None,
+        far: Mapping[str, dist.ProcessGroup] | None = None,
     ) -> None:
         self.group, self.timeout_s, self.ask = group, timeout_s, ask
-        self.far = group if far is None else far
+        self.far = far or {}
         self.rank = dist.get_rank(group)
+
+    def group_of(self, label: Label) -> dist.ProcessGroup:
+        return self.far.get(label.what, self.group) if label.far else self.group
 
     def post(self, label: Label, sends: Sequence[Message], receives: Sequence[Message]) -> Pending:
         # Pairs must list their messages in the same order on both sides; across pairs any order will do.
-        group = self.far if label.far else self.group
+        group = self.group_of(label)
         # Receives come first: gloo tells a peer so over the connection that its own data fills, and two that send each other
         # something would else do it one after the other.
         ops = [dist.P2POp(dist.irecv, m.tensor, group=group, group_peer=m.peer) for m in receives]
@@ -84,7 +90,7 @@ class Works:
             except RuntimeError as error:
                 raise failure(t.rank, self.label, peers, t.timeout_s, time.monotonic() - begin, error, t.ask) from error
         if begun is not None:
-            watch(t.far if self.label.far else t.group, t.rank, self.label, sorted(set(self.peers)), t.timeout_s, begun)
+            watch(t.group_of(self.label), t.rank, self.label, sorted(set(self.peers)), t.timeout_s, begun)
         self.works, self.tensors = [], []
 
 
