@@ -180,7 +180,7 @@ def measured(inputs: Inputs, question: Question, backend: str, cp: ContextParall
     if dsink is not None:
         dist.all_reduce(dsink, group=cp.group)
     out, dq, dk, dv = (cp.unshard(x.detach(), dim=1) for x in (out, dq, dk, dv))
-    _, kernel = list(cp.agreed.values())[-1]
+    _, kernel, _ = list(cp.agreed.values())[-1]
     return Results(out, cp.unshard(lse.detach(), dim=2), dq, dk, dv, dsink), kernel.name
 
 
