@@ -190,7 +190,8 @@ class _Clock:
 
     now: float = 0.0
     waited: float = 0.0  # in this step
-    free: dict[bool, float] = field(default_factory=lambda: {False: 0.0, True: 0.0})  # by slowness
+    free: dict[tuple[bool, bool], float] = field(default_factory=dict)  # by slowness and direction
+    order: dict[str, float] = field(default_factory=dict)  # by lane: what is posted to one is moved in order
     pending: dict[int, tuple[float, float]] = field(default_factory=dict)  # by step: begun at, done at
     mail: list[tuple[int, float, int]] = field(default_factory=list)  # gradients under way: due, done at, bytes that arrive
     packed: bool = False
@@ -280,9 +281,11 @@ class _Replay:
     def _move(self, what: str, step: int, loads: Mapping[int, Sequence[_Load]]) -> dict[int, tuple[float, float]]:
         """Moves what these ranks post now: by rank, from when to when.
 
-        A message starts when both ends have posted it and their links are free, and takes as long as the slower end needs for
-        all it sends or receives in this post (messages share a link evenly, so all end together).
+        A message starts when both ends have posted it, their links are free in its direction, and what was posted to the same
+        lane before has arrived: fast links have one lane, slow ones have one for chunks and one for gradients. It takes as long
+        as the slower end needs for all it sends or receives in this post (messages share a link evenly, so all end together).
         """
+        lanes = {False: "fast", True: what}
         seconds: dict[tuple[int, bool, bool], float] = {}  # by rank, slowness, direction
         for rank, mine in loads.items():
             for slow in (False, True):
@@ -290,19 +293,28 @@ class _Replay:
                     some = [x for x in mine if x.inbound == inbound and self.link.is_slow(rank, x.peer) == slow]
                     nbytes, messages = sum(x.nbytes for x in some), sum(x.messages for x in some)
                     seconds[rank, slow, inbound] = self.link.between(slow).time_s(nbytes, messages)
-        ready = {(r, slow): max(self.clocks[r].now, self.clocks[r].free[slow]) for r in loads for slow in (False, True)}
+        ready = {
+            (r, slow, inbound): max(c.now, c.free.get((slow, inbound), 0.0), c.order.get(lanes[slow], 0.0))
+            for r, c in ((r, self.clocks[r]) for r in loads)
+            for slow in (False, True)
+            for inbound in (False, True)
+        }
         spans: dict[int, tuple[float, float]] = {}
         for rank, mine in loads.items():
             for slow in (False, True):
                 some = [x for x in mine if self.link.is_slow(rank, x.peer) == slow]
                 if not some:
                     continue
-                begin = [max(ready[rank, slow], ready.get((x.peer, slow), 0.0)) for x in some]
+                begin = [max(ready[rank, slow, x.inbound], ready.get((x.peer, slow, not x.inbound), 0.0)) for x in some]
                 took = [max(seconds[rank, slow, x.inbound], seconds.get((x.peer, slow, not x.inbound), 0.0)) for x in some]
-                done = max(a + b for a, b in zip(begin, took, strict=True))
+                ends = [a + b for a, b in zip(begin, took, strict=True)]
+                done = max(ends)
+                for x, end in zip(some, ends, strict=True):
+                    free = self.clocks[rank].free
+                    free[slow, x.inbound] = max(end, free.get((slow, x.inbound), 0.0))
                 nbytes_in, nbytes_out = (sum(x.nbytes for x in some if x.inbound == inbound) for inbound in (True, False))
                 self.clocks[rank].flights.append(Flight(what, step, min(begin), done, nbytes_in, nbytes_out, slow))
-                self.clocks[rank].free[slow] = done
+                self.clocks[rank].order[lanes[slow]] = done
                 first, last = spans.get(rank, (done, done))
                 spans[rank] = (min(first, *begin), max(last, done))
         return spans
