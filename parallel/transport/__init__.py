@@ -116,6 +116,8 @@ class Cargo:
 
     def unpack(self, buffer: Tensor) -> tuple[Tensor, ...]:
         """The tensors of a buffer's rows, shaped as the own ones; wide ones as views."""
+        if not self.narrow:
+            return tuple(buffer.transpose(0, 1).split(self.widths, dim=-1))
         wide = buffer[..., : sum(self.widths)].transpose(0, 1).split(self.widths, dim=-1)
         narrow = (self._tail(buffer, x.dtype)[..., i].permute(1, 2, 0).contiguous() for i, x in enumerate(self.narrow))
         return (*wide, *narrow)
@@ -127,13 +129,15 @@ class Cargo:
 class Leg(NamedTuple):
     """One message of a post, with a rank of the group: rows of the buffer of ``step`` (0: the own chunk).
 
-    ``row``: for a receive by a transport that pulls, where it begins in the peer's buffer.
+    ``whole``: whether these are all its rows. ``row``: for a receive by a transport that pulls, where it begins in the peer's
+    buffer.
     """
 
     peer: int
     step: int
     start: int
     stop: int
+    whole: bool
     row: int = 0
 
 
@@ -176,13 +180,13 @@ def _moves(plan: Plan, what: str, slot: int, post: Post, pulls: bool) -> Moves:
     sends: list[Leg] = []
     receives: list[Leg] = []
     for t in post.transfers:
+        step, rows = place(plan, t, plan.rank)
+        whole = rows == ((0, plan.steps[step].rows),)
         if t.source == plan.rank:
-            step, rows = place(plan, t, plan.rank)
-            sends += [Leg(plan.peer(t.dest), step, start, stop) for start, stop in rows]
+            sends += [Leg(plan.peer(t.dest), step, start, stop, whole) for start, stop in rows]
         else:
-            step, rows = place(plan, t, plan.rank)
             there = [start for start, _ in place(plan, t, t.source)[1]] if pulls else [0] * len(rows)
-            receives += [Leg(plan.peer(t.source), step, *ab, row) for ab, row in zip(rows, there, strict=True)]
+            receives += [Leg(plan.peer(t.source), step, *ab, whole, row) for ab, row in zip(rows, there, strict=True)]
     label = Label(what, post.step, plan.far[post.step])
     return Moves(label, tuple(sends), tuple(receives), plan.due(slot, post.step))
 
@@ -317,4 +321,4 @@ class Homecoming:
 
 
 def _messages(buffer: Callable[[int], Tensor], legs: Iterable[Leg]) -> list[Message]:
-    return [Message(leg.peer, buffer(leg.step)[leg.start : leg.stop], leg.row) for leg in legs]
+    return [Message(leg.peer, buffer(leg.step) if leg.whole else buffer(leg.step)[leg.start : leg.stop], leg.row) for leg in legs]
