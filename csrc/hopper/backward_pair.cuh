@@ -329,6 +329,9 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(Tile::kThreads, 1)
 #pragma unroll
         for (int k = 0; k < kRows / 16; k++)
           ptx::stmatrix_x4_trans(ds_store + k * 16 * 128, a[4 * k], a[4 * k + 1], a[4 * k + 2], a[4 * k + 3]);
+        ptx::fence_async_proxy();  // before the products: dS is waited for in both CTAs (behind them: 1-2 % slower)
+        __syncwarp();
+        if (lane == 0) ptx::mbarrier_arrive(&s.ds_full[w]);
         // S of the next step; the last step of an item repeats its own, which nobody reads.
         int next = stage;
         if (!last) {
@@ -339,9 +342,6 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(Tile::kThreads, 1)
         ptx::wgmma_fence();
         issue_scores(x, k_low, q_low, next);
         issue_gradient(dk, a, q_low, stage);
-        ptx::fence_async_proxy();  // of the stores of dS; here it waits while the products run
-        __syncwarp();
-        if (lane == 0) ptx::mbarrier_arrive(&s.ds_full[w]);
         ptx::wgmma_wait<1>();  // S of the next step
         ptx::pin(x);
         if (!last) stage = next;

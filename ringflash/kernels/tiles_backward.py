@@ -30,7 +30,8 @@ GROUP_BYTES = {64: 8 << 20, 256: 32 << 20}
 an H200 with 8 and 32 MB, TFLOP/s: D 64 at 4k tokens 500, 429 full and 468, 435 causal; D 128 at 8k 572, 566 and 552, 570."""
 PAIR_STEP, PAIR_COST = 0.88, 2.0
 """What a pair of CTAs takes for a step of twice the keys, and more for an item (its keys are loaded late), in steps of a CTA
-alone. Measured at D 128: pairs are 2-9 % ahead from 4k tokens on, 2-8 % behind at 1k and 2k."""
+alone. Measured at D 128, full and causal: pairs ahead by 1 and -7 % at 1k tokens, 2 and -1 % at 2k, 8 and 5 % at 4k, 11 and
+10 % at 16k; 8k 32/8 9 and 6 %, 32k 32/8 9 and 10 %."""
 SIMULATED_ITEMS = 8192
 """How much of the end of a list its duration is simulated for."""
 FAR = 1 << 29
