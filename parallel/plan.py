@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache, partial
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -626,12 +627,12 @@ def _ring(schedule: Schedule, rank: int, rings: int, pieces: int, rows: Rows) ->
     stages: list[list[int]] = []
     held = 0
     for piece in (owner * pieces + p for d in range(1, rings) for owner in [(rank - d) % rings] for p in range(pieces)):
-        if rows(rank, piece):
+        if n := rows(rank, piece):
             if not stages or (len(stages[-1]) >= schedule.stage and held >= schedule.rows):
                 stages.append([])
                 held = 0
             stages[-1].append(piece)
-            held += rows(rank, piece)
+            held += n
     return stages
 
 
@@ -639,10 +640,12 @@ def _evenly(pieces: Sequence[int], n: int, rows: Callable[[int], int]) -> list[l
     """Those of the pieces that have rows, in their order, in n stages of about as many rows: ranks that need less are not done
     with a step before others, who would wait for them in the next."""
     stages: list[list[int]] = [[] for _ in range(n)]
-    held, total = 0, sum(rows(piece) for piece in pieces)
-    for piece in (piece for piece in pieces if rows(piece)):
-        stages[(2 * held + rows(piece)) * n // (2 * total)].append(piece)
-        held += rows(piece)
+    sizes = [(piece, rows(piece)) for piece in pieces]
+    held, total = 0, sum([size for _, size in sizes])
+    for piece, size in sizes:
+        if size:
+            stages[(2 * held + size) * n // (2 * total)].append(piece)
+            held += size
     return stages
 
 
@@ -727,10 +730,19 @@ class _World:
 
     def rows(self, rank: int, piece: int) -> int:
         """How many rows of a piece a ring rank takes, or where that is not known: the whole piece's."""
-        if self.takes is not None:
-            return sum(b - a for a, b in self.takes.get(rank // self.together * (self.rings * self.pieces) + piece, ()))
-        n, p = self.key.moving()[1].lengths[piece // self.pieces], piece % self.pieces
-        return n * (p + 1) // self.pieces - n * p // self.pieces
+        return self._rows[rank // self.together][piece]
+
+    @cached_property
+    def _rows(self) -> list[list[int]]:
+        """By group of receivers and piece."""
+        groups, n_pieces = self.rings // self.together, self.rings * self.pieces
+        if self.takes is None:
+            cuts = [[n * p // self.pieces for p in range(self.pieces + 1)] for n in self.key.moving()[1].lengths]
+            return [[b - a for cut in cuts for a, b in pairwise(cut)]] * groups
+        table = [[0] * n_pieces for _ in range(groups)]
+        for at, ranges in self.takes.items():
+            table[at // n_pieces][at % n_pieces] = sum([b - a for a, b in ranges])
+        return table
 
     @cached_property
     def longest_stage(self) -> int:
@@ -745,16 +757,9 @@ class _World:
     @cached_property
     def rows_moved(self) -> int:
         """Rows that all ranks receive before they are computed on."""
-        if self.takes is None:
-            return (self.rings - 1) * sum(self.key.moving()[1].lengths)
-        groups = self.takes.items()
-        own = [(group, piece) for group, piece in (divmod(g, self.rings * self.pieces) for g, _ in groups)]
-        rows = [sum(b - a for a, b in ranges) for _, ranges in groups]
-        # Every rank of a group but the owner itself.
-        return sum(
-            n * (self.together - (piece // self.pieces // self.together == group))
-            for n, (group, piece) in zip(rows, own, strict=True)
-        )
+        # Every rank of a group takes them, but for the owner itself.
+        own = self.together * self.pieces
+        return sum(self.together * sum(rows) - sum(rows[g * own : (g + 1) * own]) for g, rows in enumerate(self._rows))
 
     @cached_property
     def busiest(self) -> int:

@@ -156,8 +156,8 @@ BUGS = (
     Bug(
         "a step for a chunk that nobody needs",
         "parallel/plan.py",
-        "        if rows(rank, piece):\n            if not stages",
-        "        if True:\n            if not stages",
+        "        if n := rows(rank, piece):\n            if not stages",
+        "        n = rows(rank, piece)\n        if True:\n            if not stages",
         COMPACT,
     ),
     Bug(
