@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import replace
 
 import numpy as np
@@ -46,9 +47,9 @@ def covered(work: WorkList, shape: Shape) -> np.ndarray:
     """How often each (batch, head, query, key) is computed."""
     count = np.zeros((shape.batch, shape.heads, shape.q_len, shape.k_len), dtype=int)
     group = shape.heads // shape.kv_heads
-    for run_begin, run_end, first_key, batch, kv_head, head_begin, head_end, tile in work.items.tolist():
+    for run_begin, run_end, first_key, batch, kv_head, head_begin, head_end, _ in work.items.tolist():
         assert run_end > run_begin and head_end > head_begin, "an item is never empty"
-        assert first_key == tile * shape.keys and kv_head == head_begin // group == (head_end - 1) // group
+        assert first_key % shape.keys == 0 and kv_head == head_begin // group == (head_end - 1) // group
         key = np.arange(first_key, first_key + shape.keys)[None, :]
         for begin, end, band_begin, bands in work.runs[run_begin:run_end].tolist():
             assert end > begin
@@ -112,25 +113,82 @@ def test_pairs_take_long_sequences() -> None:
 def test_a_list_for_writing_gives_each_key_to_one_item(deterministic: bool) -> None:
     shape = Shape(2000, 2000, 2, 8, 2, 128, ROWS, KEYS, 132)
     work = work_list(Slices.causal(2000, 2000), shape, deterministic=deterministic, write=True)
-    owners = [(tile, batch, kv_head) for _, _, _, batch, kv_head, _, _, tile in work.items.tolist()]
-    assert len(owners) == len(set(owners)) == 2 * 2 * 16
+    owners = [(key, batch, kv_head) for _, _, key, batch, kv_head, _, _, _ in work.items.tolist()]
+    assert len(owners) == len(set(owners)) == work.whole == 2 * 2 * 16 and work.slots == 0
 
 
+@pytest.mark.parametrize(("is_causal", "group", "ctas"), [(False, 2, 22), (True, 4, 7), (False, 1, 22)])
+def test_a_list_for_writing_may_divide_its_last_items_into_numbered_portions(is_causal: bool, group: int, ctas: int) -> None:
+    rows = Slices.causal(2100, 2000) if is_causal else Slices.full_rectangle(2100, 2000)
+    shape = Shape(2100, 2000, 1 if is_causal else 3, 2 * group, 2, 128, ROWS, KEYS, ctas, portions=True)
+    work = work_list(rows, shape, write=True)
+    undivided = work_list(rows, replace(shape, portions=False), write=True)
+    assert work.duration < undivided.duration and work.whole == undivided.whole == len(undivided.items)
+    np.testing.assert_array_equal(covered(work, shape), covered(undivided, shape))
+    groups: dict[tuple[int, ...], list[tuple[int, int, int]]] = defaultdict(list)
+    for _, _, key, batch, kv_head, _, _, part in work.items.tolist():
+        groups[key, batch, kv_head].append((part & 0x1FFF, part >> 13 & 0xFF, part >> 21))
+    assert len(groups) == work.whole
+    divided = [g for g in groups.values() if g != [(0, 0, 0)]]
+    assert divided and sum(len(g) for g in divided) == work.slots
+    used = [slot + index for g in divided for slot, index, _ in g]
+    assert sorted(used) == list(range(work.slots)), "every portion has its own slot"
+    for g in divided:
+        assert [index for _, index, _ in g] == list(range(len(g))) and {(slot, count) for slot, _, count in g} == {
+            (g[0][0], len(g))
+        }
+
+
+def turn_of(work: WorkList, m: int, first_key: int, part: int, bands: int, q_tiles: int) -> int:
+    """How many visits to query tile m come before this one, as the kernel counts them."""
+    assert work.visits is not None and work.visit_offsets is not None
+    tile, turn = first_key // KEYS, bands >> 16
+    after, (first, n) = tile + 1, (part >> 8, part & 0xFF)
+    if n:
+        turn += (((m + 1) * n - 1) // q_tiles + first - tile) % n
+        after = first + n
+    intervals = work.visits[work.visit_offsets[m] : work.visit_offsets[m + 1]]
+    return turn + sum(max(b - max(a, after), 0) for a, b in intervals.tolist())
+
+
+@pytest.mark.parametrize("ctas", [132, 3])
 @pytest.mark.parametrize("name", CASES)
-def test_turns_number_the_visits_of_a_query_tile_in_the_order_of_the_list(name: str) -> None:
+def test_turns_number_the_visits_and_nobody_waits_for_ever(name: str, ctas: int) -> None:
     rows = CASES[name]
     q_len, k_len = max((r[1] for r in rows), default=10), max((r[3] for r in rows), default=10)
-    shape = Shape(q_len, k_len, 1, 2, 1, 128, ROWS, KEYS, 132)
-    work = work_list(Slices.from_rows(rows), shape, deterministic=True)
-    assert work.visits is not None and work.visit_offsets is not None
-    done = np.zeros(-(-q_len // ROWS), dtype=int)
-    for run_begin, run_end, *_, tile in work.items.tolist():
-        for begin, end, _, bands in work.runs[run_begin:run_end].tolist():
-            for m in range(begin, end):
-                intervals = work.visits[work.visit_offsets[m] : work.visit_offsets[m + 1]]
-                turn = (bands >> 16) + sum(max(b - max(a, tile + 1), 0) for a, b in intervals.tolist())
-                assert turn == done[m]
-                done[m] += 1
+    _run_in_turns(Slices.from_rows(rows), Shape(q_len, k_len, 2, 2, 1, 128, ROWS, KEYS, ctas))
+
+
+@pytest.mark.parametrize(("q_len", "k_len"), [(1024, 1024), (2048, 300), (1500, 1111)])
+def test_cohorts_of_a_full_list_hardly_wait(q_len: int, k_len: int) -> None:
+    shape = Shape(q_len, k_len, 1, 8, 8, 128, ROWS, KEYS, 9)
+    assert _run_in_turns(Slices.full_rectangle(q_len, k_len), shape) <= 0.1
+
+
+def _run_in_turns(slices: Slices, shape: Shape) -> float:
+    """Runs a deterministic list on shape.ctas workers in lockstep: one step a tick, if its turn has come. The part of the ticks
+    of busy workers that were spent waiting."""
+    work = work_list(slices, shape, deterministic=True)
+    q_tiles = -(-shape.q_len // ROWS)
+    done: dict[tuple[int, int, int], int] = defaultdict(int)
+    left = [
+        [(batch, h, m, turn_of(work, m, key, part, bands, q_tiles))
+         for h in range(h0, h1) for begin, end, _, bands in work.runs[a:b].tolist() for m in range(begin, end)]
+        for a, b, key, batch, _, h0, h1, part in work.items.tolist()
+    ]  # fmt: skip
+    workers: list[list[tuple[int, int, int, int]]] = [[] for _ in range(shape.ctas)]
+    steps = waits = 0
+    while left or any(workers):
+        for w in range(shape.ctas):
+            if not workers[w] and left:
+                workers[w] = left.pop(0)
+        ready = [w for w in workers if w and done[w[0][:3]] == w[0][3]]
+        assert ready, "all wait"
+        waits += sum(bool(w) for w in workers) - len(ready)
+        steps += len(ready)
+        for w in ready:
+            done[w.pop(0)[:3]] += 1
+    return waits / max(steps + waits, 1)
 
 
 def test_the_visits_of_a_long_causal_sequence_are_linear_in_its_length() -> None:

@@ -40,12 +40,14 @@ int rf_hopper_backward(const RfHopperBackwardParams* params, void* stream) {
   });
 }
 
-int rf_hopper_backward_tile(int32_t head_dim, int32_t head_dim_v, int32_t* rows, int32_t* keys, int32_t* pairs) {
-  RF_REQUIRE(rows && keys && pairs, RF_ERROR_NULL_POINTER);
+int rf_hopper_backward_tile(int32_t head_dim, int32_t head_dim_v, int32_t* rows, int32_t* keys, int32_t* pairs,
+                            int32_t* portion) {
+  RF_REQUIRE(rows && keys && pairs && portion, RF_ERROR_NULL_POINTER);
   return ringflash::with_backward_tile(head_dim, head_dim_v, [&](auto tile) {
     *rows = decltype(tile)::kRows;
     *keys = decltype(tile)::kKeys;
     *pairs = decltype(tile)::kPairs;
+    *portion = decltype(tile)::kPortion;
     return static_cast<int>(RF_OK);
   });
 }

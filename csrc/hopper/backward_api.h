@@ -19,8 +19,10 @@ struct RfHopperBackwardParams {
   const int32_t* bands;
   const int32_t* visit_offsets;  // (query tiles + 1), (n, 2): who visits a query tile; deterministic only, else null
   const int32_t* visits;
-  int32_t* turns;    // (B, H, query tiles) zeros; deterministic only, else null
-  int32_t* counter;  // 1 zero; zero again after the launch. Never shared by two launches that may overlap
+  int32_t* turns;          // (B, H, query tiles) zeros; deterministic only, else null
+  float* portions;         // of divided items, rf_hopper_backward_tile says how many float32 each; null: no item is divided
+  int32_t* portions_done;  // (portions, 2), or with pairs 4, zeros, zero again after the launch, as counter
+  int32_t* counter;        // 1 zero; zero again after the launch. Never shared by two launches that may overlap
   struct RfStrides dout_strides, q_strides, k_strides, v_strides, dq_strides, dk_strides, dv_strides;
   int64_t lse_batch_stride, lse_head_stride, delta_batch_stride, delta_head_stride;
   int32_t batch, q_len, k_len, heads, kv_heads, head_dim, head_dim_v;
@@ -37,8 +39,10 @@ struct RfHopperBackwardParams {
 RF_API int rf_hopper_backward(const struct RfHopperBackwardParams* params, void* stream);
 
 /// The tile whose tables the kernel of these head dims wants: rows of queries, keys. pairs: 1 if two CTAs can share an item,
-/// whose tables then are those of twice the keys.
-RF_API int rf_hopper_backward_tile(int32_t head_dim, int32_t head_dim_v, int32_t* rows, int32_t* keys, int32_t* pairs);
+/// whose tables then are those of twice the keys. portion: the float32 values of a portion of an item (of a pair's, twice as
+/// many) that is divided though dk and dv are written; 0 if none may be.
+RF_API int rf_hopper_backward_tile(int32_t head_dim, int32_t head_dim_v, int32_t* rows, int32_t* keys, int32_t* pairs,
+                                   int32_t* portion);
 
 /// delta = rowsum(dout * out) - dlse, the row constant of the softmax gradient.
 struct RfDeltaParams {
@@ -53,5 +57,5 @@ struct RfDeltaParams {
   int32_t reserved;
 };
 RF_API int rf_delta(const struct RfDeltaParams* params, void* stream);
-static_assert(sizeof(RfHopperBackwardParams) == 384 && sizeof(RfDeltaParams) == 160,
+static_assert(sizeof(RfHopperBackwardParams) == 400 && sizeof(RfDeltaParams) == 160,
               "ringflash/kernels/hopper_backward.py mirrors these structs");

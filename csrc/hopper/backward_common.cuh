@@ -26,6 +26,8 @@ struct BackwardParams {
   const int* visit_offsets;  // (query tiles + 1)
   const int2* visits;        // (n)
   int* turns;                // (B, H, query tiles)
+  float4* portions;          // partial dk, dv of divided items, as registers hold them
+  int* portions_done;        // (portions, consumers of an item) zeros
   unsigned* counter;
   int64_t lse_batch_stride, lse_head_stride, delta_batch_stride, delta_head_stride;
   int64_t dq_batch_stride, dq_seq_stride, dq_head_stride;
@@ -42,10 +44,22 @@ struct BackwardParams {
 /// Item of the work list: two int4.
 struct Item {
   int run_begin, run_end, first_key, batch;
-  int kv_head, head_begin, head_end, tile;  // query heads [head_begin, head_end) of the whole tensor
+  int kv_head, head_begin, head_end, part;  // query heads [head_begin, head_end) of the whole tensor; Portion or Cohort
 };
 
 constexpr int kFirst = 1, kLast = 2, kStop = 4;  // flags of a step: first or last of its item; no step, the work is done
+constexpr int kPartShift = 3;                    // above them an item's `part`
+
+/// Which part of a divided tile of keys an item is, where dk and dv are written; 0: all of it.
+struct Portion {
+  int slot, index, count;  // of its partial results; those of its tile are slots slot, .., slot + count - 1
+  __device__ __forceinline__ explicit Portion(int part) : slot(part & 0x1fff), index(part >> 13 & 0xff), count(part >> 21) {}
+};
+/// The tiles of keys that visit query tiles in turns, each beginning where the others are not. Deterministic mode; 0: none.
+struct Cohort {
+  int first_tile, tiles;
+  __device__ __forceinline__ explicit Cohort(int part) : first_tile(part >> 8), tiles(part & 0xff) {}
+};
 
 /// One step, as the producer tells it. 32 bytes.
 struct __align__(16) Step {
@@ -53,8 +67,8 @@ struct __align__(16) Step {
   int first_key, kv_head, band_begin,
       band_count;  // band_count: low half bands (0: nothing is masked), high half the pass over this tile
 };
-/// A record is written again 8 steps later. All its readers are done: the producer is at most 3 steps ahead of a released
-/// query stage, which itself is at most 2 steps ahead of the warpgroup of dQ.
+/// A record is written again 8 steps later. All its readers are done: the producer tells a step when the queries of 4 steps
+/// before are free, and the warpgroup of dQ is at most 2 steps behind those.
 constexpr int kStepRing = 8;
 
 /// A value that all lanes hold, in a uniform register.
@@ -78,9 +92,6 @@ __device__ __forceinline__ int claim_item(const BackwardParams& p) {
 struct __align__(16) Walk {
   int4 item[2];
   int next, items;  // the item after this one; how many came before it
-  int ending_key;   // for the warp that prefetches: the item that ends soon, or -1
-  int ending_batch, ending_kv_head, unused;
-  uint64_t ends_soon, noted;
 };
 
 /// Tells every step of every item this CTA gets, in s.steps, then one with kStop; after each it calls on_step(i, step). claim(n)
@@ -112,7 +123,7 @@ __device__ __forceinline__ void walk_items(const BackwardParams& p, Shared& s, i
             flags |= kLast;
             s.walk.next = claim(s.walk.items + 1);
           }
-          step.flags = flags;
+          step.flags = flags | s.walk.item[1].w << kPartShift;
           flags = 0;
           ptx::mbarrier_arrive(&s.step_told[i % kStepRing]);
           on_step(i, step);
@@ -184,18 +195,22 @@ __device__ __forceinline__ void produce_statistics(const BackwardParams& p, Shar
     if (step.flags & kStop) break;
     const int stage = i % kStages;
     Statistics<Rows, Keys>& to = s.statistics[stage];
-    const float* lse = p.lse + step.batch * p.lse_batch_stride + step.head * p.lse_head_stride;
-    const float* delta = p.delta + step.batch * p.delta_batch_stride + step.head * p.delta_head_stride;
+    const int first = step.first_row + lane;
     float a[kEach], c[kEach];
+    {
+      const float* lse = p.lse + step.batch * p.lse_batch_stride + step.head * p.lse_head_stride;
+#pragma unroll
+      for (int r = 0; r < kEach; r++) a[r] = first + r * 32 < p.q_len ? __ldg(lse + first + r * 32) : -INFINITY;
+    }
+    {
+      const float* delta = p.delta + step.batch * p.delta_batch_stride + step.head * p.delta_head_stride;
+#pragma unroll
+      for (int r = 0; r < kEach; r++) c[r] = first + r * 32 < p.q_len ? __ldg(delta + first + r * 32) : 0.f;
+    }
 #pragma unroll
     for (int r = 0; r < kEach; r++) {
-      const int row = step.first_row + r * 32 + lane;
-      a[r] = -INFINITY, c[r] = 0.f;
-      if (row < p.q_len) {
-        const float l = __ldg(lse + row);
-        a[r] = l == -INFINITY ? l : l * -kLog2E;
-        c[r] = l == -INFINITY ? 0.f : -p.scale * __ldg(delta + row);
-      }
+      c[r] = a[r] == -INFINITY ? 0.f : -p.scale * c[r];
+      a[r] = a[r] == -INFINITY ? a[r] : a[r] * -kLog2E;
     }
     ptx::mbarrier_wait(&s.q_free[stage], (i / kStages & 1) ^ 1);
 #pragma unroll
@@ -299,6 +314,51 @@ __device__ __forceinline__ void finish_gradient(void* base, bool store, int64_t 
   }
 }
 
+/// This thread's number in its warpgroup, read from the special register where it is called.
+__device__ __forceinline__ int own_thread() {
+  uint32_t t;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(t));
+  return static_cast<int>(t % 128);
+}
+
+/// Leaves this warpgroup's dk and dv in its portion's slot. True for the last portion of a tile of keys: dk and dv are then the
+/// sums, in the order of the portions, whichever came last. w: which of the Consumers warpgroups of an item; told: a word of this
+/// one; sync: its barrier.
+template <int Consumers, int N, class Sync>
+__device__ __forceinline__ bool gather_portions(const BackwardParams& p, const Portion portion, int w, int thread, float (&dk)[N],
+                                                float (&dv)[N], int& told, const Sync& sync) {
+  constexpr int kThreads = 128, kStride = Consumers * (N / 2) * kThreads;  // float4 of a thread are 128 apart
+  float4* const base = p.portions + static_cast<int64_t>(portion.slot) * kStride + w * (N / 2) * kThreads + thread;
+  float4* const mine = base + portion.index * kStride;
+#pragma unroll
+  for (int j = 0; j < N / 4; j++) {
+    __stcg(mine + j * kThreads, make_float4(dk[4 * j], dk[4 * j + 1], dk[4 * j + 2], dk[4 * j + 3]));
+    __stcg(mine + (N / 4 + j) * kThreads, make_float4(dv[4 * j], dv[4 * j + 1], dv[4 * j + 2], dv[4 * j + 3]));
+  }
+  __threadfence();
+  sync();
+  if (thread == 0) {
+    int* const done = p.portions_done + portion.slot * Consumers + w;
+    told = atomicAdd(done, 1) == portion.count - 1;
+    if (told) *done = 0;  // for the next launch
+    __threadfence();
+  }
+  sync();
+  if (!told) return false;
+#pragma unroll
+  for (int n = 0; n < N; n++) dk[n] = dv[n] = 0.f;
+#pragma unroll 1
+  for (int i = 0; i < portion.count; i++) {
+#pragma unroll
+    for (int j = 0; j < N / 4; j++) {
+      const float4 x = __ldcg(base + i * kStride + j * kThreads), y = __ldcg(base + i * kStride + (N / 4 + j) * kThreads);
+      dk[4 * j] += x.x, dk[4 * j + 1] += x.y, dk[4 * j + 2] += x.z, dk[4 * j + 3] += x.w;
+      dv[4 * j] += y.x, dv[4 * j + 1] += y.y, dv[4 * j + 2] += y.z, dv[4 * j + 3] += y.w;
+    }
+  }
+  return true;
+}
+
 /// Deterministic mode. A query tile is added to by key tiles from the last to the first, passes over one tile in turn; the turn
 /// of key tile `tile` is how many visits come before it. The work list hands out key tiles in the same order, so whoever is
 /// waited for has started: no deadlock. Last to first, because under a causal mask that is the order in which they arrive. Two
@@ -319,8 +379,14 @@ __device__ __forceinline__ void await_turns(const BackwardParams& p, Shared& s) 
     const Step& step = s.steps[i % kStepRing];
     ptx::mbarrier_wait(&s.step_told[i % kStepRing], (i / kStepRing) & 1);
     if (step.flags & kStop) break;
-    const int q_tile = step.first_row / Rows, next_tile = step.first_key / Keys + 1;
-    int turn = step.band_count >> 16;
+    const int q_tile = step.first_row / Rows, tile = step.first_key / Keys;
+    const Cohort cohort(step.flags >> kPartShift);
+    int turn = step.band_count >> 16, next_tile = tile + 1;
+    if (cohort.tiles) {  // tile first_tile + j begins at query tile j * q_tiles / tiles; later tiles visit a query tile earlier
+      const int first = ((q_tile + 1) * cohort.tiles - 1) / p.q_tiles + cohort.first_tile - tile;
+      turn += first < 0 ? first + cohort.tiles : first;
+      next_tile = cohort.first_tile + cohort.tiles;
+    }
 #pragma unroll 1
     for (int v = __ldg(p.visit_offsets + q_tile); v < __ldg(p.visit_offsets + q_tile + 1); v++) {
       const int2 tiles = __ldg(p.visits + v);
@@ -336,17 +402,21 @@ __device__ __forceinline__ void await_turns(const BackwardParams& p, Shared& s) 
     ptx::mbarrier_arrive(&s.turn.mine[i & 1]);
   }
 }
-/// Ends the turn of each step once its additions are complete. By one thread.
+/// Ends the turn of each step once its additions are complete. By one thread. It reads the next step's record before it passes
+/// this one on, for which await_turns waits: no record is written again before it was read here.
 template <int Rows, class Shared>
 __device__ __forceinline__ void pass_turns_on(const BackwardParams& p, Shared& s) {
-#pragma unroll 1
-  for (int i = 0;; i++) {
+  const auto turns_at = [&](int i) -> int* {  // null: the work is done
     const Step& step = s.steps[i % kStepRing];
     ptx::mbarrier_wait(&s.step_told[i % kStepRing], (i / kStepRing) & 1);
-    if (step.flags & kStop) break;
-    int* turns = turns_of(p, step, Rows);
+    return step.flags & kStop ? nullptr : turns_of(p, step, Rows);
+  };
+  int* turns = turns_at(0);
+#pragma unroll 1
+  for (int i = 0; turns; i++) {
     ptx::mbarrier_wait(&s.turn.added[i & 1], (i >> 1) & 1);
     asm volatile("fence.proxy.async.global;\nred.release.gpu.global.add.s32 [%0], 1;" ::"l"(turns) : "memory");
+    turns = turns_at(i + 1);
     ptx::mbarrier_arrive(&s.turn.passed_on[i & 1]);
   }
 }
@@ -357,14 +427,17 @@ template <class T, int Rows, int Keys, int Panels, bool Deterministic, class Sha
 __device__ __forceinline__ void make_dq(const BackwardParams& p, Shared& s, const CUtensorMap* dq_map, int thread) {
   using Product = ptx::Wgmma<64, T, true, false>;
   constexpr int kParts = Panels * Rows / 64;
-  constexpr int kBuffers = sizeof(s.k) / sizeof(s.k[0]), kStages = sizeof(s.ds) / sizeof(s.ds[0]);
+  constexpr int kKBuffers = sizeof(s.k) / sizeof(s.k[0]), kStages = sizeof(s.ds) / sizeof(s.ds[0]);
+  constexpr int kBuffers = sizeof(s.dq) / sizeof(s.dq[0]);
+  // Whether all parts of a step are made before its turn is awaited: then dS and K are free though others are late.
+  constexpr bool kWhole = Deterministic && kParts <= kBuffers;
   const int warp = thread / 32, lane = thread % 32, c0 = (lane % 4) * 2;
   const uint32_t ds_low = ptx::descriptor_low(ptx::shared_address(s.ds)), k_low = ptx::descriptor_low(ptx::shared_address(s.k));
   // This lane holds d = 16 warp + lane / 4 (+ 8) and queries 8 j + c0 (+ 1): 4-byte stores, one box row (32 d) per query, chunk
   // ^= query % 8: free of bank conflicts.
   const uint32_t box = ptx::shared_address(s.dq) + (warp >> 1) * 64 * 128 + c0 * 128 +
                        ((((warp & 1) * 4 + (lane >> 4)) ^ c0) << 4) + ((lane >> 2) & 3) * 4;
-  int items = -1, i = 0;
+  int items = -1, i = 0, buffer = 0;
 #pragma unroll 1
   for (;; i++) {
     const Step& step = s.steps[i % kStepRing];
@@ -372,8 +445,8 @@ __device__ __forceinline__ void make_dq(const BackwardParams& p, Shared& s, cons
     const int flags = step.flags;
     if (flags & kStop) break;
     const int row = step.first_row, head = step.head, batch = step.batch;
-    if (flags & kFirst) items++, ptx::mbarrier_wait(&s.k_full[items % kBuffers], (items / kBuffers) & 1);
-    const uint32_t k_now = k_low + items % kBuffers * (sizeof(s.k[0]) / 16);
+    if (flags & kFirst) items++, ptx::mbarrier_wait(&s.k_full[items % kKBuffers], (items / kKBuffers) & 1);
+    const uint32_t k_now = k_low + items % kKBuffers * (sizeof(s.k[0]) / 16);
     const int stage = i % kStages;
     const uint32_t b = ds_low + stage * (sizeof(s.ds[0]) / 16);
     if (Deterministic && thread == 0 && i > 0) {
@@ -383,7 +456,6 @@ __device__ __forceinline__ void make_dq(const BackwardParams& p, Shared& s, cons
     ptx::mbarrier_wait(&s.ds_full[stage], (i / kStages) & 1);
 #pragma unroll 1  // unrolled, two parts would want 64 accumulators
     for (int part = 0; part < kParts; part++) {
-      const int buffer = (kParts % 2 ? i * kParts + part : part) & 1;
       const uint32_t a_part = k_now + (Rows == 64 ? part : 0) * Keys * 8, b_part = b + (Rows == 64 ? 0 : part) * 64 * 8;
       float x[32];
       ptx::wgmma_fence();
@@ -392,13 +464,13 @@ __device__ __forceinline__ void make_dq(const BackwardParams& p, Shared& s, cons
       for (int k = 1; k < Keys / 16; k++)
         Product::ss(x, ptx::descriptor(a_part + k * 128), ptx::descriptor(b_part + (k / 4) * Rows * 8 + (k % 4) * 2));
       ptx::wgmma_commit();
-      if (thread == 0) ptx::bulk_wait_read<1>();
+      if (thread == 0) ptx::bulk_wait_read<kBuffers - 1>();
       ptx::barrier_sync<3, 128>();  // this buffer was read
       ptx::wgmma_wait<0>();
       ptx::pin(x);
       if (part == kParts - 1 && lane == 0) {
         ptx::mbarrier_arrive(&s.ds_free[stage]);
-        if (flags & kLast) ptx::mbarrier_arrive(&s.k_free[items % kBuffers]);
+        if (flags & kLast) ptx::mbarrier_arrive(&s.k_free[items % kKBuffers]);
       }
 #pragma unroll
       for (int j = 0; j < 8; j++)
@@ -409,16 +481,23 @@ __device__ __forceinline__ void make_dq(const BackwardParams& p, Shared& s, cons
                        "f"(x[j * 4 + e])
                        : "memory");
       ptx::fence_async_proxy();
-      if (Deterministic && part == 0 && thread == 0) ptx::mbarrier_wait(&s.turn.mine[i & 1], (i >> 1) & 1);
+      const int filled = buffer;
+      buffer = buffer + 1 < kBuffers ? buffer + 1 : 0;
+      if (kWhole && part < kParts - 1) continue;
+      if (Deterministic && (kWhole || part == 0) && thread == 0) ptx::mbarrier_wait(&s.turn.mine[i & 1], (i >> 1) & 1);
       ptx::barrier_sync<2, 128>();
       if (thread == 0) {
 #pragma unroll
-        for (int c = 0; c < 2; c++) {
-          const int column = (Rows == 64 ? part * 64 : 0) + c * 32;
-          if (column < p.head_dim)
-            ptx::tensor_reduce_add(dq_map, s.dq[buffer][c], column, row + (Rows == 64 ? 0 : part * 64), head, batch);
+        for (int n = kWhole ? kParts - 1 : 0; n >= 0; n--) {  // parts before this one that leave with it
+          const int from = filled >= n ? filled - n : filled - n + kBuffers;
+#pragma unroll
+          for (int c = 0; c < 2; c++) {
+            const int column = (Rows == 64 ? (part - n) * 64 : 0) + c * 32;
+            if (column < p.head_dim)
+              ptx::tensor_reduce_add(dq_map, s.dq[from][c], column, row + (Rows == 64 ? 0 : (part - n) * 64), head, batch);
+          }
+          ptx::bulk_commit();
         }
-        ptx::bulk_commit();
       }
     }
   }

@@ -61,6 +61,7 @@ int backward_arguments(const RfHopperBackwardParams& c, CUtensorMap (&maps)[7], 
   p.items = reinterpret_cast<const int4*>(c.items), p.runs = reinterpret_cast<const int4*>(c.runs);
   p.bands = reinterpret_cast<const int4*>(c.bands);
   p.visit_offsets = c.visit_offsets, p.visits = reinterpret_cast<const int2*>(c.visits), p.turns = c.turns;
+  p.portions = reinterpret_cast<float4*>(c.portions), p.portions_done = c.portions_done;
   p.counter = reinterpret_cast<unsigned*>(c.counter);
   p.lse_batch_stride = c.lse_batch_stride, p.lse_head_stride = c.lse_head_stride;
   p.delta_batch_stride = c.delta_batch_stride, p.delta_head_stride = c.delta_head_stride;

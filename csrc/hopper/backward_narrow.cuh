@@ -6,8 +6,8 @@
 //   1, 2  64 keys each, 208 registers. S^T = K Q^T and dP^T = V dO^T are formed transposed, so that P^T and dS^T leave the
 //         accumulators already as register A operands: dV += P^T dO and dK += dS^T Q read only B from shared memory
 //   3     dQ, 72 registers: dQ^T = K^T dS^T in two halves, to shared memory, then added to global memory by the copy engine
-// dS has two buffers between 1, 2 and 3: no warpgroup waits for a sibling. One step of a consumer:
-//   exp of S(i) [dK(i-1) in flight] | dP(i), dV(i) | dS(i), stored for warpgroup 3 | issue S(i+1), dK(i) | wait for S(i+1)
+// dS has two buffers between 1, 2 and 3: neither of the consumers waits for the other or, for half a step, for 3. One step:
+//   exp of S(i) [dK(i-1) in flight] | dP(i), dV(i) | dS(i), stored | issue S(i+1), dK(i) | dS(i) is told to 3 | wait for S(i+1)
 // P enters dS as the rounded values that dV used; a float32 P would cost 32 registers more (error of dq, dk 2.4e-3 instead
 // of 1.7e-3).
 #pragma once
@@ -19,17 +19,18 @@ namespace ringflash {
 template <class Tile>
 struct __align__(1024) NarrowShared {
   static constexpr int kPanelRows = 64 * Tile::kPanels;
-  uint16_t k[2][Tile::kKeys * kPanelRows];  // [panel][key][64], 128-byte swizzle; so are all below
+  uint16_t k[1][Tile::kKeys * kPanelRows];  // [panel][key][64], 128-byte swizzle; so are all below
   uint16_t v[Tile::kKeys * kPanelRows];
   uint16_t q[Tile::kQStages][Tile::kRows * kPanelRows];  // [stage][panel][query][64]
   uint16_t dout[2][Tile::kRows * kPanelRows];
-  uint16_t ds[1][2][Tile::kRows * 64];  // [stage][half of the keys][query][64 keys]
-  float dq[2][2][64 * 32];              // [buffer][32 columns of d][query][32]
+  uint16_t ds[2][2][Tile::kRows * 64];     // [stage][half of the keys][query][64 keys]
+  float dq[Tile::kDqBuffers][2][64 * 32];  // [buffer][32 columns of d][query][32]
   Statistics<Tile::kRows, Tile::kKeys> statistics[Tile::kQStages];
   Step steps[kStepRing];
   Walk walk;
-  uint64_t k_full[2], k_free[2], v_full, v_free;
-  uint64_t q_full[Tile::kQStages], q_free[Tile::kQStages], dout_full[2], dout_free[2], ds_full[1], ds_free[1];
+  int told[2];  // of the consumers, in gather_portions
+  uint64_t k_full[1], k_free[1], v_full, v_free;
+  uint64_t q_full[Tile::kQStages], q_free[Tile::kQStages], dout_full[2], dout_free[2], ds_full[2], ds_free[2];
   uint64_t step_told[kStepRing];
   TurnBarriers turn;
 };
@@ -46,15 +47,15 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   Shared& s = *reinterpret_cast<Shared*>(raw);
   const int warpgroup = threadIdx.x / 128, thread = threadIdx.x % 128, lane = thread % 32;
   if (threadIdx.x == 0) {
-    ptx::mbarrier_init(&s.v_full, 1), ptx::mbarrier_init(&s.v_free, 8);  // one arrival per warp
+    ptx::mbarrier_init(s.k_full, 1), ptx::mbarrier_init(s.k_free, 12);  // one arrival per warp
+    ptx::mbarrier_init(&s.v_full, 1), ptx::mbarrier_init(&s.v_free, 8);
     for (int i = 0; i < 2; i++) {
-      ptx::mbarrier_init(&s.k_full[i], 1), ptx::mbarrier_init(&s.k_free[i], 12);
+      ptx::mbarrier_init(&s.ds_full[i], 8), ptx::mbarrier_init(&s.ds_free[i], 4);
       ptx::mbarrier_init(&s.dout_full[i], 1), ptx::mbarrier_init(&s.dout_free[i], 8);
       ptx::mbarrier_init(&s.turn.mine[i], 1), ptx::mbarrier_init(&s.turn.added[i], 1),
           ptx::mbarrier_init(&s.turn.passed_on[i], 1);
     }
     for (int i = 0; i < Tile::kQStages; i++) ptx::mbarrier_init(&s.q_full[i], 33), ptx::mbarrier_init(&s.q_free[i], 8);
-    ptx::mbarrier_init(&s.ds_full[0], 8), ptx::mbarrier_init(&s.ds_free[0], 4);
     for (int i = 0; i < kStepRing; i++) ptx::mbarrier_init(&s.step_told[i], 1);
     ptx::mbarrier_init_fence();
   }
@@ -116,127 +117,131 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         ptx::barrier_sync<5, 128>();
     };
 
-    int i = 0, items = 0;
-    int q_stage = 0, q_phase = 0;
+    int i = 0, items = 0, q_stage = 0, q_phase = 0;
     ptx::mbarrier_wait(&s.step_told[0], 0);
     int flags = s.steps[0].flags, bands = s.steps[0].band_count & 0xffff;
-    if (flags & kStop) return;
-    ptx::mbarrier_wait(&s.k_full[0], 0);
-    ptx::mbarrier_wait(&s.q_full[0], 0);
-    ptx::wgmma_fence();
-    issue_scores(x, k_low, q_low, 0);
-#pragma unroll
-    for (int n = 0; n < kD / 2; n++) dk[n] = dv[n] = 0.f;
-    ptx::wgmma_wait<0>();
-    ptx::pin(x);
 #pragma unroll 1
-    while (true) {
-      const int stage = i & 1, phase = (i >> 1) & 1;
-      const auto& rows = s.statistics[q_stage];
-      if (Softcap) cap_scores(x, p);
-      if (bands) mask_scores(x, rows.seen(key), rows.seen(key + 8), c0);
-      exponentiate<Softcap>(x, rows.negative_lse + c0, p.scale_log2);
-      ptx::pin(x);
-      ptx::wgmma_wait<0>();  // dK of the step before
-      ptx::pin(a);
-      if (!(flags & kFirst) && lane == 0) ptx::mbarrier_arrive(&s.q_free[q_stage ? q_stage - 1 : Tile::kQStages - 1]);
-#pragma unroll
-      for (int k = 0; k < kRows / 4; k++) a[k] = ptx::pack<T>(x[2 * k], x[2 * k + 1]);
-      if (flags & kFirst) ptx::mbarrier_wait(&s.v_full, items & 1);
-      ptx::mbarrier_wait(&s.dout_full[stage], phase);
+    for (; !(flags & kStop); items++) {
+      ptx::mbarrier_wait(&s.k_full[0], items & 1);
+      ptx::mbarrier_wait(&s.q_full[q_stage], q_phase);
       ptx::wgmma_fence();
-      issue_scores(x, v_low, dout_low, stage);
-      issue_gradient(dv, a, dout_low, stage);
-      const int at = (i + 1) % kStepRing, last = flags & kLast;
-      ptx::mbarrier_wait(&s.step_told[at], ((i + 1) / kStepRing) & 1);
-      const int next_flags = s.steps[at].flags;
-      bands = s.steps[at].band_count & 0xffff;
-      ptx::wgmma_wait<kRows == 64 ? 1 : 0>();  // dP; of 128 rows dV too, ptxas finds no registers for both
-      ptx::pin(x);
-      subtract_delta(x, rows.negative_delta + c0, p.scale);
-      ptx::pin(x);           // with the branches below this keeps ptxas from waiting for dV before the subtraction
-      if (flags & kFirst) {  // the boxes of the item before lie where dS goes
-        if (thread == 0) ptx::bulk_wait_read<0>();
-        sync_consumer();
-      }
-      ptx::mbarrier_wait(&s.ds_free[0], (i & 1) ^ 1);
-      ptx::wgmma_wait<0>();  // dV
-      ptx::pin(a);
-      if (lane == 0) {
-        ptx::mbarrier_arrive(&s.dout_free[stage]);
-        if (last) ptx::mbarrier_arrive(&s.v_free);
-      }
-      score_gradients<T, Softcap>(a, x, rows.negative_lse + c0, p);
+      issue_scores(x, k_low, q_low, q_stage);
 #pragma unroll
-      for (int k = 0; k < kRows / 16; k++)
-        ptx::stmatrix_x4_trans(ds_store + k * 16 * 128, a[4 * k], a[4 * k + 1], a[4 * k + 2], a[4 * k + 3]);
-      // S of the next step, also across items: its keys are in the other buffer. The very last step repeats its own S, which
-      // nobody reads: a conditional product would cost a second code path.
-      int next = q_stage;
-      if (!(next_flags & kStop)) {
-        next = q_stage + 1 < Tile::kQStages ? q_stage + 1 : 0;
-        if (next == 0) q_phase ^= 1;
-        if (last) ptx::mbarrier_wait(&s.k_full[(items + 1) & 1], ((items + 1) >> 1) & 1);
-        ptx::mbarrier_wait(&s.q_full[next], q_phase);
-      }
-      ptx::wgmma_fence();
-      issue_scores(x, k_low + ((items + (last ? 1 : 0)) & 1) * (sizeof(s.k[0]) / 16), q_low, next);
-      issue_gradient(dk, a, q_low, q_stage);
-      ptx::fence_async_proxy();  // of the stores of dS; here it waits while the products run
-      __syncwarp();
-      if (lane == 0) ptx::mbarrier_arrive(&s.ds_full[0]);
-      ptx::wgmma_wait<1>();  // S of the next step
+      for (int n = 0; n < kD / 2; n++) dk[n] = dv[n] = 0.f;
+      ptx::wgmma_wait<0>();
       ptx::pin(x);
-      if (last) {
-        ptx::wgmma_wait<0>();
-        ptx::pin(dk);
-        ptx::pin(dv);
+      int last;
+#pragma unroll 1
+      do {
+        const int stage = i & 1, phase = (i >> 1) & 1;
+        const auto& rows = s.statistics[q_stage];
+        if (Softcap) cap_scores(x, p);
+        if (bands) mask_scores(x, rows.seen(key), rows.seen(key + 8), c0);
+        exponentiate<Softcap>(x, rows.negative_lse + c0, p.scale_log2);
+        ptx::pin(x);
+        ptx::wgmma_wait<0>();  // dK of the step before
+        ptx::pin(a);
+        if (!(flags & kFirst) && lane == 0) ptx::mbarrier_arrive(&s.q_free[q_stage ? q_stage - 1 : Tile::kQStages - 1]);
+#pragma unroll
+        for (int k = 0; k < kRows / 4; k++) a[k] = ptx::pack<T>(x[2 * k], x[2 * k + 1]);
+        if (flags & kFirst) ptx::mbarrier_wait(&s.v_full, items & 1);
+        ptx::mbarrier_wait(&s.dout_full[stage], phase);
+        ptx::wgmma_fence();
+        issue_scores(x, v_low, dout_low, stage);
+        issue_gradient(dv, a, dout_low, stage);
+        last = flags & kLast;
+        const int at = (i + 1) % kStepRing;
+        ptx::mbarrier_wait(&s.step_told[at], ((i + 1) / kStepRing) & 1);
+        const int next_flags = s.steps[at].flags;
+        bands = s.steps[at].band_count & 0xffff;
+        ptx::wgmma_wait<kRows == 64 ? 1 : 0>();  // dP; of 128 rows dV too, ptxas finds no registers for both
+        ptx::pin(x);
+        const auto await_place = [&] {  // for dS
+          ptx::pin(x);
+          if (flags & kFirst) {  // the boxes of the item before lie there
+            if (thread == 0) ptx::bulk_wait_read<0>();
+            sync_consumer();
+          }
+          ptx::mbarrier_wait(&s.ds_free[stage], phase ^ 1);
+        };
+        subtract_delta(x, rows.negative_delta + c0, p.scale);
+        if (kRows == 128) await_place();  // early: the branch keeps ptxas from waiting for dV before the subtraction
+        ptx::wgmma_wait<0>();             // dV
         ptx::pin(a);
         if (lane == 0) {
-          ptx::mbarrier_arrive(&s.q_free[q_stage]);
-          ptx::mbarrier_arrive(&s.k_free[items & 1]);
+          ptx::mbarrier_arrive(&s.dout_free[stage]);
+          if (last) ptx::mbarrier_arrive(&s.v_free);
         }
-        const Step& step = s.steps[i % kStepRing];
-        if (p.store) {
-          const int row = step.first_key + key;
-          const int64_t to_v = step.batch * p.dv_batch_stride + row * p.dv_seq_stride + step.kv_head * p.dv_head_stride;
-          const int64_t to_k = step.batch * p.dk_batch_stride + row * p.dk_seq_stride + step.kv_head * p.dk_head_stride;
-          store_rows(static_cast<T*>(p.dv) + to_v + (lane & 3) * 8, 8 * p.dv_seq_stride, dv, lane, p.k_len - row, p.head_dim_v);
-          store_rows(static_cast<T*>(p.dk) + to_k + (lane & 3) * 8, 8 * p.dk_seq_stride, dk, lane, p.k_len - row, p.head_dim);
-        } else {
-          // Through this warpgroup's part of dS, 32 columns at a time, as dQ goes.
-          constexpr int kBoxes = sizeof(s.ds[0][0]) / (64 * 128);
-          ptx::mbarrier_wait(&s.ds_free[0], i & 1);
+        score_gradients<T, Softcap>(a, x, rows.negative_lse + c0, p);
+        if (kRows == 64) await_place();  // there it takes more registers than there are
 #pragma unroll
-          for (int n = 0; n < kD / 16; n++) {
-            const int column = n * 32 % kD;
-            uint16_t* const to = s.ds[0][w] + n % kBoxes * 64 * 64;
-            if (n >= kBoxes) {
-              if (thread == 0) ptx::bulk_wait_read<kBoxes - 1>();
-              sync_consumer();
-            }
-            if (n * 32 < kD)
-              fill_box(ptx::shared_address(to), dv, column, warp, lane);
-            else
-              fill_box(ptx::shared_address(to), dk, column, warp, lane);
-            ptx::fence_async_proxy();
+        for (int k = 0; k < kRows / 16; k++)
+          ptx::stmatrix_x4_trans(ds_store + stage * sizeof(s.ds[0]) + k * 16 * 128, a[4 * k], a[4 * k + 1], a[4 * k + 2],
+                                 a[4 * k + 3]);
+        // S of the next step. The last of an item repeats its own S, which nobody reads: a conditional product would cost a
+        // second code path.
+        const int next = q_stage + 1 < Tile::kQStages ? q_stage + 1 : 0;
+        if (next == 0) q_phase ^= 1;
+        if (!last) ptx::mbarrier_wait(&s.q_full[next], q_phase);
+        ptx::wgmma_fence();
+        issue_scores(x, k_low, q_low, last ? q_stage : next);
+        issue_gradient(dk, a, q_low, q_stage);
+        ptx::fence_async_proxy();  // of the stores of dS; here it waits while the products run
+        __syncwarp();
+        if (lane == 0) ptx::mbarrier_arrive(&s.ds_full[stage]);
+        ptx::wgmma_wait<1>();  // S of the next step
+        ptx::pin(x);
+        flags = next_flags;
+        q_stage = next;
+        i++;
+      } while (!last);
+      ptx::wgmma_wait<0>();
+      ptx::pin(dk);
+      ptx::pin(dv);
+      ptx::pin(a);
+      if (lane == 0) {
+        ptx::mbarrier_arrive(&s.q_free[q_stage ? q_stage - 1 : Tile::kQStages - 1]);
+        ptx::mbarrier_arrive(s.k_free);
+      }
+      const Step& step = s.steps[(i - 1) % kStepRing];
+      // Kept over the steps, it is spilled for float16; read again, ptxas serialises the products for bfloat16.
+      const int lane = std::is_same<T, __half>::value ? own_thread() % 32 : thread % 32;
+      const int part = Deterministic ? 0 : step.flags >> kPartShift;
+      if (p.store && part && !gather_portions<2>(p, Portion(part), w, thread, dk, dv, s.told[w], sync_consumer)) {
+        // another portion of this tile writes it
+      } else if (p.store) {
+        const int row = step.first_key + key;
+        const int64_t to_v = step.batch * p.dv_batch_stride + row * p.dv_seq_stride + step.kv_head * p.dv_head_stride;
+        const int64_t to_k = step.batch * p.dk_batch_stride + row * p.dk_seq_stride + step.kv_head * p.dk_head_stride;
+        store_rows(static_cast<T*>(p.dv) + to_v + (lane & 3) * 8, 8 * p.dv_seq_stride, dv, lane, p.k_len - row, p.head_dim_v);
+        store_rows(static_cast<T*>(p.dk) + to_k + (lane & 3) * 8, 8 * p.dk_seq_stride, dk, lane, p.k_len - row, p.head_dim);
+      } else {
+        // Through this warpgroup's part of dS, 32 columns at a time, as dQ goes.
+        constexpr int kBoxes = sizeof(s.ds[0][0]) / (64 * 128);
+        uint16_t* const boxes = s.ds[i & 1][w];
+        ptx::mbarrier_wait(&s.ds_free[i & 1], (i >> 1 & 1) ^ 1);  // dS of the step before the last was read
+#pragma unroll
+        for (int n = 0; n < kD / 16; n++) {
+          const int column = n * 32 % kD;
+          uint16_t* const to = boxes + n % kBoxes * 64 * 64;
+          if (n >= kBoxes) {
+            if (thread == 0) ptx::bulk_wait_read<kBoxes - 1>();
             sync_consumer();
-            if (thread == 0) {
-              if (column < (n * 32 < kD ? p.head_dim_v : p.head_dim))
-                ptx::tensor_reduce_add(n * 32 < kD ? &dv_map : &dk_map, to, column, step.first_key + w * 64, step.kv_head,
-                                       step.batch);
-              ptx::bulk_commit();
-            }
+          }
+          if (n * 32 < kD)
+            fill_box(ptx::shared_address(to), dv, column, warp, lane);
+          else
+            fill_box(ptx::shared_address(to), dk, column, warp, lane);
+          ptx::fence_async_proxy();
+          sync_consumer();
+          if (thread == 0) {
+            if (column < (n * 32 < kD ? p.head_dim_v : p.head_dim))
+              ptx::tensor_reduce_add(n * 32 < kD ? &dv_map : &dk_map, to, column, step.first_key + w * 64, step.kv_head,
+                                     step.batch);
+            ptx::bulk_commit();
           }
         }
-        if (next_flags & kStop) break;
-#pragma unroll
-        for (int n = 0; n < kD / 2; n++) dk[n] = dv[n] = 0.f;
-        items++;
       }
-      flags = next_flags;
-      q_stage = next;
-      i++;
     }
     if (thread == 0) ptx::bulk_wait<0>();
   }

@@ -41,6 +41,7 @@ struct __align__(1024) PairShared {
   Statistics<Tile::kRows, Tile::kKeys> statistics[kStages];
   Step steps[kStepRing];
   Walk walk;
+  int told[2];  // of the consumers, in gather_portions
   int claims[kClaims];
   uint64_t claimed[kClaims];
   uint64_t k_full, k_free, v_full, v_free;
@@ -360,7 +361,14 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(Tile::kThreads, 1)
       stage = stage + 1 < Shared::kStages ? stage + 1 : 0;
       if (stage == 0) phase ^= 1;
       const Step& step = s.steps[(i - 1) % kStepRing];
-      if (p.store) {
+      const int part = step.flags >> kPartShift;
+      const auto gather = [&] {
+        const int consumer = 2 * static_cast<int>(ptx::cluster_rank()) + w;
+        return gather_portions<4>(p, Portion(part), consumer, thread, dk, dv, s.told[w], sync_consumer);
+      };
+      if (p.store && part && !gather()) {
+        // another portion of this tile writes it
+      } else if (p.store) {
         const int row = step.first_key + key;
         const int64_t to_v = step.batch * p.dv_batch_stride + row * p.dv_seq_stride + step.kv_head * p.dv_head_stride;
         const int64_t to_k = step.batch * p.dk_batch_stride + row * p.dk_seq_stride + step.kv_head * p.dk_head_stride;

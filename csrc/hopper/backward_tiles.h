@@ -12,6 +12,8 @@ struct NarrowTile {
   static constexpr int kPanels = (HeadDim_ + 63) / 64;  // of 64 columns, 128 bytes
   static constexpr int kQStages =
       3;  // with two, the consumers could not work half a step apart (measured: D 64 loses 22 % of its time)
+  static constexpr int kDqBuffers = HeadDim_ > 64 ? 3 : 2;  // of boxes; as shared memory allows
+  static constexpr int kPortion = 2 * kKeys * HeadDim_;     // float32 values of dk and dv
   static constexpr int kThreads = 512;
   static constexpr int kConsumerRegisters = 208, kDqRegisters = 72, kProducerRegisters = 24;
   static_assert(2 * kConsumerRegisters + kDqRegisters + kProducerRegisters == 512, "the register file of a multiprocessor");
@@ -27,6 +29,7 @@ struct WideTile {
   static constexpr int kPanels = HeadDim_ / 64, kPanelsV = HeadDimV_ / 64;
   static constexpr int kDoutStages = HeadDim_ + HeadDimV_ > 384 ? 1 : 2;  // as shared memory allows
   static constexpr int kFirstK = KPanels_, kFirstV = VPanels_;
+  static constexpr int kPortion = 0;
   static constexpr int kThreads = 512;
   static constexpr int kConsumerRegisters = 208, kDqRegisters = 72, kProducerRegisters = 24;
   static_assert(2 * kConsumerRegisters + kDqRegisters + kProducerRegisters == 512, "the register file of a multiprocessor");

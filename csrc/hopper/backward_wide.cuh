@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     for (int i = 0; i < 2; i++) {
       ptx::mbarrier_init(&s.q_full[i], 33), ptx::mbarrier_init(&s.dout_full[i], 1);
       ptx::mbarrier_init(&s.q_free[i], 8), ptx::mbarrier_init(&s.dout_free[i], 8);
-      ptx::mbarrier_init(&s.p_full[i], 4), ptx::mbarrier_init(&s.p_free[i], 4);
+      ptx::mbarrier_init(&s.p_full[i], 128), ptx::mbarrier_init(&s.p_free[i], 128);  // every lane: not wgmma alone reads P
       ptx::mbarrier_init(&s.ds_full[i], 4), ptx::mbarrier_init(&s.ds_free[i], 8);
       ptx::mbarrier_init(&s.turn.mine[i], 1), ptx::mbarrier_init(&s.turn.added[i], 1),
           ptx::mbarrier_init(&s.turn.passed_on[i], 1);
@@ -73,12 +73,17 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   const int warp = __shfl_sync(~0u, thread / 32, 0);  // warp-uniform, so that descriptors live in uniform registers
   const int c0 = (lane % 4) * 2;   // of S^T and dP^T this lane holds keys first_of_lane(), + 8, and queries 8 j + c0, + 1
   const auto first_of_lane = [] {  // read again where it is needed: kept over the roles it would be spilled
-    uint32_t t;
-    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(t));
-    return static_cast<int>(t % 128 / 32 * 16 + t % 32 / 4);
+    const int thread = own_thread();
+    return thread / 32 * 16 + thread % 32 / 4;
   };
   // Row address of this lane for stmatrix.trans and ldmatrix.trans: P and dS are stored [query][key].
   const uint32_t exchange = ((lane & 7) + ((lane >> 4) & 1) * 8) * 128 + (((warp * 2 + ((lane >> 3) & 1)) ^ (lane & 7)) << 4);
+  // Descriptors of an operand with one buffer do not change: made once, outside the loop, they would not fit the uniform
+  // registers.
+  const auto opaque = [](uint32_t low) {
+    asm volatile("" : "+r"(low));
+    return low;
+  };
   const auto store = [&](uint32_t base, const uint32_t (&a)[16]) {
 #pragma unroll
     for (int k = 0; k < 4; k++)
@@ -112,10 +117,11 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     float dk[kN / 2], dv[kNV / 2], x[32];
     uint32_t a[16];
     const auto issue_scores = [&](int stage) {
+      const uint32_t of_k = opaque(k_low), of_q = opaque(q_low + stage * kStage);
 #pragma unroll
       for (int k = 0; k < 4 * kPanels; k++) {
-        const uint64_t left = ptx::descriptor(k_low + (k / 4) * kPanel + (k % 4) * 2);
-        const uint64_t right = ptx::descriptor(q_low + stage * kStage + (k / 4) * kPanel + (k % 4) * 2);
+        const uint64_t left = ptx::descriptor(of_k + (k / 4) * kPanel + (k % 4) * 2);
+        const uint64_t right = ptx::descriptor(of_q + (k / 4) * kPanel + (k % 4) * 2);
         if (k == 0)
           Scores::ss_first(x, left, right);
         else
@@ -163,12 +169,12 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         for (int k = 0; k < 16; k++) a[k] = ptx::pack<T>(x[2 * k], x[2 * k + 1]);
         ptx::mbarrier_wait(&s.p_free[stage], phase ^ 1);
         store(p_store + stage * (64 * 128), a);
-        if (lane == 0) ptx::mbarrier_arrive(&s.p_full[stage]);
+        ptx::mbarrier_arrive(&s.p_full[stage]);
         ptx::mbarrier_wait(&s.dout_full[i % kDoutStages], (i / kDoutStages) & 1);
+        const uint32_t of_dout = opaque(dout_low + step % kDoutStages * kStageV);
         ptx::wgmma_fence();
 #pragma unroll
-        for (int k = 0; k < 4; k++)
-          ptx::Wgmma<kNV, T, false, true>::rs(dv, a + 4 * k, ptx::descriptor(dout_low + step % kDoutStages * kStageV + k * 128));
+        for (int k = 0; k < 4; k++) ptx::Wgmma<kNV, T, false, true>::rs(dv, a + 4 * k, ptx::descriptor(of_dout + k * 128));
         ptx::wgmma_commit();
         // The last step repeats its own S, which nobody reads: a conditional product would cost a second code path.
         const bool last = flags & kLast;
@@ -220,10 +226,11 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     float dk[kN / 2], dv[kNV / 2], x[32];
     uint32_t a[16];
     const auto issue_scores = [&](int stage) {
+      const uint32_t of_v = opaque(v_low), of_dout = opaque(dout_low + stage * kStageV);
 #pragma unroll
       for (int k = 0; k < 4 * kPanelsV; k++) {
-        const uint64_t left = ptx::descriptor(v_low + (k / 4) * kPanel + (k % 4) * 2);
-        const uint64_t right = ptx::descriptor(dout_low + stage * kStageV + (k / 4) * kPanel + (k % 4) * 2);
+        const uint64_t left = ptx::descriptor(of_v + (k / 4) * kPanel + (k % 4) * 2);
+        const uint64_t right = ptx::descriptor(of_dout + (k / 4) * kPanel + (k % 4) * 2);
         if (k == 0)
           Scores::ss_first(x, left, right);
         else
@@ -276,10 +283,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         ptx::wgmma_commit();
         ptx::wgmma_wait<1>();  // dV
         const bool last = flags & kLast;
-        if (lane == 0) {
-          ptx::mbarrier_arrive(&s.p_free[stage]);
-          if (!last) ptx::mbarrier_arrive(&s.dout_free[i % kDoutStages]);
-        }
+        ptx::mbarrier_arrive(&s.p_free[stage]);
+        if (lane == 0 && !last) ptx::mbarrier_arrive(&s.dout_free[i % kDoutStages]);
         const int next = uniform(last ? step : step + 1);  // the last step repeats its own dP
         if (!last) ptx::mbarrier_wait(&s.dout_full[next % kDoutStages], (next / kDoutStages) & 1);
         ptx::wgmma_fence();

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ringflash import ops
-from ringflash.kernels.tiles_backward import Shape, WorkList, work_list
+from ringflash.kernels.tiles_backward import MAX_SLOTS, Shape, WorkList, work_list
 from ringflash.slices import Slices
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 DTYPES = (torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
 
-_PARAMS = struct.Struct("=16Q25q10i2f2i")
+_PARAMS = struct.Struct("=18Q25q10i2f2i")
 """``RfHopperBackwardParams`` of csrc/hopper/backward_api.h."""
 
 
@@ -54,7 +54,7 @@ def _library() -> ctypes.CDLL | None:
     lib.rf_hopper_backward.argtypes = [ctypes.c_char_p, ctypes.c_void_p]
     lib.rf_hopper_backward.restype = ctypes.c_int
     int32_pointer = ctypes.POINTER(ctypes.c_int32)
-    lib.rf_hopper_backward_tile.argtypes = [ctypes.c_int32, ctypes.c_int32, *[int32_pointer] * 3]
+    lib.rf_hopper_backward_tile.argtypes = [ctypes.c_int32, ctypes.c_int32, *[int32_pointer] * 4]
     lib.rf_hopper_backward_tile.restype = ctypes.c_int
     lib.rf_delta.argtypes = [ctypes.POINTER(_DeltaParams), ctypes.c_void_p]
     lib.rf_delta.restype = ctypes.c_int
@@ -70,14 +70,16 @@ def refuses(problem: Problem) -> str | None:
 
 
 @cache
-def _tile(head_dim: int, head_dim_v: int) -> tuple[int, int, bool]:
-    """Queries and keys of the tiles of the kernel of these head dims, and whether two CTAs can share twice the keys."""
+def _tile(head_dim: int, head_dim_v: int) -> tuple[int, int, bool, int]:
+    """Queries and keys of the tiles of the kernel of these head dims, whether two CTAs can share twice the keys, and the float32
+    values of a portion of an item that is written; 0: none is divided."""
     lib = _library()
     assert lib is not None
-    rows, keys, pairs = ctypes.c_int32(), ctypes.c_int32(), ctypes.c_int32()
-    code = lib.rf_hopper_backward_tile(head_dim, head_dim_v, *map(ctypes.byref, (rows, keys, pairs)))
+    found = [ctypes.c_int32() for _ in range(4)]
+    code = lib.rf_hopper_backward_tile(head_dim, head_dim_v, *map(ctypes.byref, found))
     ops.check(lib, "rf_hopper_backward_tile", code)
-    return rows.value, keys.value, bool(pairs.value)
+    rows, keys, pairs, portion = (x.value for x in found)
+    return rows, keys, bool(pairs), portion
 
 
 @cache
@@ -86,9 +88,16 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 @cache
-def _counter(device: torch.device, stream: int) -> Tensor:
-    """The work counter of a stream: zero between launches, and launches of one stream never overlap."""
-    return torch.zeros(1, dtype=torch.int32, device=device)
+def _counters_of(device: torch.device, stream: int) -> Tensor:
+    return torch.zeros(1 + 2 * MAX_SLOTS, dtype=torch.int32, device=device)
+
+
+def _counters(device: torch.device, stream: int) -> Tensor:
+    """The counters of a stream, of items taken and of portions done: zero between launches, and launches of one stream never
+    overlap. A captured launch has its own, zeroed by its graph: graphs captured on one stream may run on several."""
+    if torch.cuda.is_current_stream_capturing():
+        return _counters_of.__wrapped__(device, stream)
+    return _counters_of(device, stream)
 
 
 def _fits(x_BSHD: Tensor, vector: int) -> bool:
@@ -185,7 +194,7 @@ def gradients(
         written = _work(q, k, v, slices, deterministic, True, sm_margin)
         write = deterministic or written.duration <= _work(q, k, v, slices, False, False, sm_margin).duration
         work = written if write else _work(q, k, v, slices, False, False, sm_margin)
-        every_key = len(work.items) == -(-k.shape[1] // work.keys) * k.shape[0] * k.shape[2]
+        every_key = work.whole == -(-k.shape[1] // work.keys) * k.shape[0] * k.shape[2]
         new = torch.empty if write and every_key else torch.zeros
         dtype = q.dtype if write else torch.float32
         dk, dv = (new(x.shape, dtype=dtype, device=x.device) for x in (k, v))
@@ -198,8 +207,8 @@ def gradients(
 def _work(q: Tensor, k: Tensor, v: Tensor, slices: Slices, deterministic: bool, write: bool, sm_margin: int) -> WorkList:
     B, Sq, H, D = q.shape
     ctas = max(1, _multiprocessors(q.device) - sm_margin)
-    rows, keys, pairs = _tile(D, v.shape[3])
-    shape = Shape(Sq, k.shape[1], B, H, k.shape[2], D, rows, keys, ctas, pairs)
+    rows, keys, pairs, portion = _tile(D, v.shape[3])
+    shape = Shape(Sq, k.shape[1], B, H, k.shape[2], D, rows, keys, ctas, pairs, portion > 0)
     return work_list(slices, shape, deterministic=deterministic, write=write)
 
 
@@ -220,13 +229,16 @@ def _launch(
     assert lib is not None
     B, Sq, H, D = q.shape
     Sk, Hkv, Dv = k.shape[1], k.shape[2], v.shape[3]
-    rows, _, _ = _tile(D, Dv)
+    rows, _, _, portion = _tile(D, Dv)
     ctas = max(1, _multiprocessors(q.device) - sm_margin)
     if not len(work.items):
         return
     items, runs, bands, *order = work.on(q.device)
     turns = torch.zeros(B * H * -(-Sq // rows), dtype=torch.int32, device=q.device) if order else None
+    ways = 2 if work.pairs else 1
+    portions = torch.empty(work.slots * ways * portion, dtype=torch.float32, device=q.device) if work.slots else None
     stream = torch.cuda.current_stream(q.device).cuda_stream
+    counters = _counters(q.device, stream)
     params = _PARAMS.pack(
         dout.data_ptr(),
         q.data_ptr(),
@@ -242,7 +254,9 @@ def _launch(
         bands.data_ptr(),
         *((x.data_ptr() for x in order) if order else (0, 0)),
         turns.data_ptr() if turns is not None else 0,
-        _counter(q.device, stream).data_ptr(),
+        portions.data_ptr() if portions is not None else 0,
+        counters.data_ptr() + 4,
+        counters.data_ptr(),
         *(stride for x in (dout, q, k, v, dq, dk, dv) for stride in _strides(x)),
         *lse.stride()[:2],
         *delta.stride()[:2],

@@ -25,6 +25,14 @@ FloatArray = npt.NDArray[np.float64]
 WRITE_COST, ADD_COST = 1.0, 4.0
 """What an item costs besides its steps, in steps: writing dk and dv, or adding them to float32 tensors (that someone zeroes and
 converts)."""
+PORTION_COST = 2.0
+"""What a portion of an item costs more that is divided though dk and dv are written: they go through float32 in global memory."""
+PORTIONS = tuple((share, shortest) for share in (1.0, 2.0) for shortest in (4.0, 6.0, 8.0, 16.0, 32.0, 64.0, 128.0))
+"""Such lists are made with each of these bounds of ``_portions``; the one that is done first is taken. Lists that add, with the
+first."""
+MAX_PORTIONS = 127
+"""Of one tile of keys; MAX_SLOTS of all: what fits the words of an item."""
+MAX_SLOTS = 1 << 13
 GROUP_BYTES = {64: 8 << 20, 256: 32 << 20}
 """By head dim, up to: share of the L2 that the queries, dout and dq of the heads in work at the same time may take. Measured on
 an H200 with 8 and 32 MB, TFLOP/s: D 64 at 4k tokens 500, 429 full and 468, 435 causal; D 128 at 8k 572, 566 and 552, 570."""
@@ -43,6 +51,7 @@ class Shape:
     """What the list depends on besides the Slices.
 
     rows, keys: the kernel's tile. ctas: how many work at the same time. pairs: two of them may share an item of twice the keys.
+    portions: dk and dv of a divided item can be written.
     """
 
     q_len: int
@@ -55,19 +64,26 @@ class Shape:
     keys: int
     ctas: int
     pairs: bool = False
+    portions: bool = False
 
 
 @dataclass(frozen=True, eq=False)
 class WorkList:
     """Tables of one launch, int32.
 
-    items: (n, 8): runs [begin, end), first key, batch; KV head, query heads [begin, end) of the tensor, tile of keys.
+    items: (n, 8): runs [begin, end), first key, batch; KV head, query heads [begin, end) of the tensor, part.
+    part: 0; or, of a list that writes, slot | index << 13 | count << 21: one of `count` portions of a tile of keys, whose
+    partial results are slots slot .. slot + count - 1; or, of a deterministic list, first << 8 | n: this tile belongs to the
+    cohort of the tiles first .. first + n - 1, of which tile first + j begins at query tile j * (query tiles) // n and walks
+    around, so that they are at different query tiles at any time. Cohorts come last to first, and n never exceeds ctas: all of
+    one work together.
     runs: (n, 4): query tiles [begin, end), first band, bands (0: all visible) | passes before this one << 16.
     bands: (n, 8): keys [r0, r1) are seen by queries [c0, c1) where lo <= query - key <= hi; those of one run share no key.
     visit_offsets, visits: deterministic lists only. Query tile m is visited by the key tiles of the intervals
     visits[visit_offsets[m] : visit_offsets[m + 1]], once per interval that holds them.
     duration: until the last CTA is done, estimated in steps.
     keys: of a tile; pairs: whether two CTAs work on one.
+    whole: items before any was divided. slots: partial results of divided items that are written.
     """
 
     items: Int32Array
@@ -76,6 +92,8 @@ class WorkList:
     keys: int
     pairs: bool
     duration: float = 0.0
+    whole: int = 0
+    slots: int = 0
     visit_offsets: Int32Array | None = None
     visits: Int32Array | None = None
     _on_device: dict[torch.device, tuple[torch.Tensor, ...]] = field(default_factory=dict, repr=False)
@@ -96,8 +114,8 @@ class WorkList:
 def work_list(slices: Slices, shape: Shape, *, deterministic: bool = False, write: bool = False) -> WorkList:
     """The list for one launch, for pairs of CTAs where they are expected to be done sooner.
 
-    No two items share keys with ``write`` (dk and dv are written, not added to), nor with ``deterministic``, where key tiles also
-    come last to first and no CTAs pair.
+    No two items share keys with ``write`` (dk and dv are written, not added to) unless they are portions, nor with
+    ``deterministic``, where key tiles also come last to first and no CTAs pair.
     """
     alone = _work_list(slices, replace(shape, pairs=False), deterministic, write)
     if deterministic or not shape.pairs or shape.ctas < 2:
@@ -119,17 +137,51 @@ def _work_list(slices: Slices, shape: Shape, deterministic: bool, write: bool) -
     if shape.pairs:
         each, step = each + PAIR_COST, PAIR_STEP
     if deterministic:
-        items = _items(tile, runs, shape, last_first=True)[0]
+        items, runs = _rotate(_items(tile, runs, shape, last_first=True)[0], runs, shape)
         offsets, visits = _visits(tile, begin, end, band_count >> 16, -(-shape.q_len // shape.rows))
-        return WorkList(_int32(items), _int32(runs), _int32(bands), shape.keys, False, 0.0, _int32(offsets), _int32(visits))
-    items, steps, cost = _items(tile, runs, shape)
-    duration = _duration(cost * step + each, shape.ctas)
+        tables = _int32(items), _int32(runs), _int32(bands)
+        return WorkList(*tables, shape.keys, False, 0.0, len(items), 0, _int32(offsets), _int32(visits))
+    undivided, steps, cost = _items(tile, runs, shape)
+    best, slots, duration = (undivided, runs), 0, _duration(cost * step + each, shape.ctas)
+    for share, shortest in _bounds(write, shape.portions):
+        counts = np.minimum(_portions(cost, shape, share, shortest), MAX_PORTIONS)
+        items, all_runs, length = _divide(undivided, runs, steps, counts, shape.heads // shape.kv_heads, numbered=write)
+        portion = items[:, 7] != 0
+        shorter = _duration(length * step + each + portion * PORTION_COST, shape.ctas)
+        if shorter < duration and int(portion.sum()) * (2 if shape.pairs else 1) <= MAX_SLOTS:
+            best, slots, duration = (items, all_runs), int(portion.sum()), shorter
+    tables = _int32(best[0]), _int32(best[1]), _int32(bands)
+    return WorkList(*tables, shape.keys, shape.pairs, duration, len(undivided), slots)
+
+
+def _bounds(write: bool, portions: bool) -> tuple[tuple[float, float], ...]:
+    """The divisions to try, as arguments of ``_portions``."""
     if not write:
-        parts = _divide(items, runs, steps, _portions(cost, shape), shape.heads // shape.kv_heads)
-        shorter = _duration(parts[2] * step + each, shape.ctas)
-        if shorter < duration:
-            items, runs, duration = parts[0], parts[1], shorter
-    return WorkList(_int32(items), _int32(runs), _int32(bands), shape.keys, shape.pairs, duration)
+        return PORTIONS[:1]
+    return PORTIONS if portions else ()
+
+
+def _rotate(items: IntArray, runs: IntArray, shape: Shape) -> tuple[IntArray, IntArray]:
+    """The list with cohorts where every tile of keys meets every query tile, once: else all would begin at the first query tile
+    and wait for each other's turns."""
+    q_tiles, n = -(-shape.q_len // shape.rows), -(-shape.k_len // shape.keys)
+    every = len(runs) == n == len(np.unique(items[:, 2])) and (runs[:, 0] == 0).all() and (runs[:, 1] == q_tiles).all()
+    if n == 1 or q_tiles == 1 or not every:
+        return items, runs
+    tile = np.arange(n)
+    size = -(-n // -(-n // min(shape.ctas, MAX_PORTIONS)))
+    first = tile // size * size
+    many = np.minimum(size, n - first)
+    begins = (tile - first) * q_tiles // many
+    rotated = np.repeat(runs, 2, axis=0)  # runs come by tile
+    rotated[::2, 0], rotated[1::2, 1] = begins, begins
+    kept = np.stack([begins < q_tiles, begins > 0], axis=1).ravel()
+    offsets = np.concatenate([[0], np.cumsum(kept)])
+    items = items.copy()
+    of = items[:, 2] // shape.keys
+    items[:, 0], items[:, 1] = offsets[2 * of], offsets[2 * of + 2]
+    items[:, 7] = np.where(many[of] > 1, first[of] << 8 | many[of], 0)
+    return items, rotated[kept]
 
 
 def _int32(x: IntArray) -> Int32Array:
@@ -180,26 +232,28 @@ def _items(tile: IntArray, runs: IntArray, shape: Shape, last_first: bool = Fals
     items = np.zeros((len(which), 8), dtype=np.int64)
     items[:, 0], items[:, 1], items[:, 2] = first[which], last[which], tile_of[which] * shape.keys
     items[:, 3], items[:, 4] = pair // shape.kv_heads, pair % shape.kv_heads
-    items[:, 5], items[:, 6], items[:, 7] = items[:, 4] * group, (items[:, 4] + 1) * group, tile_of[which]
+    items[:, 5], items[:, 6] = items[:, 4] * group, (items[:, 4] + 1) * group
     return items, steps[which], steps[which] * float(group)
 
 
-def _portions(cost: FloatArray, shape: Shape) -> IntArray:
-    """Into how many portions to divide each item: none may be longer than what then is left for each CTA."""
+def _portions(cost: FloatArray, shape: Shape, share: float, shortest: float) -> IntArray:
+    """Into how many portions to divide each item: none may be longer than this share of what then is left for each CTA, unless it
+    is as short as ``shortest`` steps."""
     left = np.cumsum(cost[::-1])[::-1]
-    longest = np.maximum(left / shape.ctas, 4.0)
+    longest = np.maximum(share * left / shape.ctas, shortest)
     return np.ceil(cost / longest - 1e-9).astype(np.int64)
 
 
 def _divide(
-    items: IntArray, runs: IntArray, steps: IntArray, portions: IntArray, group: int
+    items: IntArray, runs: IntArray, steps: IntArray, portions: IntArray, group: int, numbered: bool = False
 ) -> tuple[IntArray, IntArray, FloatArray]:
     """(items, runs, steps of each item), divided by query heads first, then by query tiles; dk and dv are additions, so any
-    division is correct."""
+    division is correct. ``numbered``: word 7 of an item says which portion it is."""
     parts: dict[tuple[int, int], list[tuple[int, int, int]]] = {}  # (first run, q portions) -> [(run begin, end, steps)]
     more_runs: list[list[int]] = []
     out: list[list[int]] = []
     cost: list[float] = []
+    slot = 0
     for item, n, wanted in zip(items.tolist(), steps.tolist(), portions.tolist(), strict=True):
         if wanted <= 1:
             out.append(item)
@@ -212,11 +266,14 @@ def _divide(
             parts[key] = (
                 [(item[0], item[1], n)] if by_tiles == 1 else _cut(runs[item[0] : item[1]], n, by_tiles, len(runs), more_runs)
             )
+        begin = len(out)
         for run_begin, run_end, portion in parts[key]:
             for h in range(by_heads):
                 a, b = item[5] + h * group // by_heads, item[5] + (h + 1) * group // by_heads
-                out.append([run_begin, run_end, item[2], item[3], item[4], a, b, item[7]])
+                part = slot | (len(out) - begin) << 13 | by_heads * by_tiles << 21 if numbered else 0
+                out.append([run_begin, run_end, item[2], item[3], item[4], a, b, part])
                 cost.append(portion * float(b - a))
+        slot += by_heads * by_tiles
     all_runs = np.concatenate([runs, np.array(more_runs, dtype=np.int64).reshape(-1, 4)])
     return np.array(out, dtype=np.int64).reshape(-1, 8), all_runs, np.array(cost)
 

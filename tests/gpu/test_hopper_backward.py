@@ -250,6 +250,34 @@ def test_a_pass_of_one_step_in_the_final_dtype(dims: tuple[int, int], determinis
             assert error <= 2 * fair + 2.0**-8 * want.norm(), name
 
 
+@pytest.mark.parametrize("dims", [(128, 128), (64, 64), (96, 96)], ids=str)
+@pytest.mark.parametrize("rows", [[(0, 2100, 0, 2000, -OPEN, OPEN)], causal(2100, 2000)], ids=["full", "causal"])
+def test_portions_of_an_item_are_written_once(rows: Rows, dims: tuple[int, int]) -> None:
+    """dk and dv of a divided item are sums in a fixed order; the counters are zero again after each launch."""
+    case = Case("few items, GQA", 1, 2100, 2000, 8, 2, rows)
+    x, scale, slices = inputs_of(case, torch.bfloat16, *dims), dims[0] ** -0.5, Slices.from_rows(rows)
+    exact, plain = exact_and_plain(case, x, scale=scale)
+    work = hopper_backward._work(x.q, x.k, x.v, slices, False, True, 0)
+    assert work.slots > 0
+    out, lse = exact.out.to(x.q.dtype), exact.lse.float()
+    first = hopper_backward.gradients(x.dout, x.q, x.k, x.v, out, lse, slices, scale=scale)
+    for name, value in zip(("dq", "dk", "dv"), first, strict=True):
+        want = getattr(exact, name)
+        error, fair = ((y.double() - want).norm() for y in (value, getattr(plain, name)))
+        assert error <= 2 * fair + 2.0**-8 * want.norm(), name
+    for _ in range(4):
+        again = hopper_backward.gradients(x.dout, x.q, x.k, x.v, out, lse, slices, scale=scale)
+        assert torch.equal(again[1], first[1]) and torch.equal(again[2], first[2])
+
+
+@pytest.mark.usefixtures("pairs")
+def test_portions_of_pairs_are_written_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiles_backward, "PAIR_STEP", 0.5)  # not 0: only what takes time is divided
+    monkeypatch.setattr(tiles_backward, "PAIR_COST", 0.0)
+    test_portions_of_an_item_are_written_once([(0, 2100, 0, 2000, -OPEN, OPEN)], (128, 128))
+    test_portions_of_an_item_are_written_once(causal(2100, 2000), (128, 128))
+
+
 def test_strides_of_batch_sequence_and_head() -> None:
     """Inputs, statistics and gradients are views of larger buffers; nothing around them changes."""
     case = Case("views", 2, 300, 400, 3, 3, causal(300, 400))
@@ -321,6 +349,20 @@ def test_deterministic_gradients_repeat_bitwise(case: Case, dims: tuple[int, int
     first = differentiate(case, x, exact, scale=scale, deterministic=True)
     for _ in range(4):
         assert all(map(torch.equal, first, differentiate(case, x, exact, scale=scale, deterministic=True)))
+
+
+@pytest.mark.parametrize("sm_margin", [0, 100, 128, 131])
+@pytest.mark.parametrize(("q_len", "k_len"), [(2000, 2100), (130, 3000), (3000, 130)])
+@pytest.mark.parametrize("dims", [(128, 128), (64, 64), (256, 256)], ids=str)
+def test_cohorts_take_turns(dims: tuple[int, int], q_len: int, k_len: int, sm_margin: int) -> None:
+    """Under a full mask each tile of keys begins at another query tile; with few CTAs there are several cohorts."""
+    case = Case("full", 1, q_len, k_len, 4, 2, [(0, q_len, 0, k_len, -OPEN, OPEN)])
+    x, scale = inputs_of(case, torch.bfloat16, *dims), dims[0] ** -0.5
+    exact, plain = exact_and_plain(case, x, scale=scale)
+    first = differentiate(case, x, exact, scale=scale, deterministic=True, sm_margin=sm_margin)
+    agree(first, exact, plain)
+    again = differentiate(case, x, exact, scale=scale, deterministic=True, sm_margin=sm_margin)
+    assert all(map(torch.equal, first, again))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
