@@ -99,7 +99,7 @@ class FakeGpu:
 
     def __init__(self, world: World, rank: int) -> None:
         self.there, self.rank, self.world = world, rank, world.world
-        self.main = self.stream()
+        self.main = self.stream(0)
         self.graph: list[Work] | None = None
 
     def share(self, size: int) -> Shared:
@@ -110,7 +110,7 @@ class FakeGpu:
         self.there.memory[self.there.address(self.rank, number)] = memory
         return Shared(memory, tuple(self.there.address(r, number) for r in range(self.world)))
 
-    def stream(self) -> Stream:
+    def stream(self, urgency: int) -> Stream:
         self.there.streams.append(Stream(pace=self.there.random.choice((1e-4, 1.0))))
         return self.there.streams[-1]
 
@@ -517,7 +517,7 @@ class EagerGpu:
         assert parts[self.rank].numel() == size, "ranks make buffers of different sizes"
         return Shared(parts[self.rank], tuple(x.data_ptr() for x in parts))
 
-    def stream(self) -> deque[Work]:
+    def stream(self, urgency: int) -> deque[Work]:
         return deque()
 
     def current(self) -> None:

@@ -120,8 +120,11 @@ class Cuda:
         self.meet(trouble)
         return made
 
-    def stream(self) -> torch.cuda.Stream:
-        return torch.cuda.Stream(self.device, priority=-1)
+    def stream(self, urgency: int) -> torch.cuda.Stream:
+        """A stream before the computing one. Of another urgency it most likely has another hardware queue, of which a process has
+        eight unless CUDA_DEVICE_MAX_CONNECTIONS says more: streams of one queue wait for each other (torch makes its streams
+        in turn for each priority)."""
+        return torch.cuda.Stream(self.device, priority=-urgency)
 
     def current(self) -> torch.cuda.Stream:
         return torch.cuda.current_stream(self.device)
@@ -197,7 +200,7 @@ class Symmetric(Transport):
         self.gpu, self.rank, self.world, self.heads = gpu, gpu.rank, gpu.world, heads
         self.others = tuple(p for p in range(self.world) if p != self.rank)
         self.flags = gpu.share(len(KINDS) * BUFFERS * 2 * self.world * 4)
-        self.lanes = {kind: _Lane(kind, gpu.stream(), gpu.stream()) for kind in KINDS}
+        self.lanes = {kind: _Lane(kind, gpu.stream(n), gpu.stream(n)) for n, kind in enumerate(KINDS, start=1)}
         self.kept: list[Shared] = []
 
     @classmethod

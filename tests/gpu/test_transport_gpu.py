@@ -34,13 +34,14 @@ HOPPER = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
 )
 
-HEADS, KV_HEADS, DIM = 8, 2, 64
+WORLD, HEADS, KV_HEADS, DIM = 2, 8, 2, 64
 MASKS = (Mask.full(), Mask.causal(), Mask.causal(window=300), Mask.documents([100, 700, 0, 224]))
 
 
 @pytest.fixture(scope="module")
 def apart() -> Iterator[RankPool]:
-    """A process of its own. Streams of all ranks need hardware queues of their own, or one that waits holds up its neighbour."""
+    """A process of its own. Streams of all ranks need hardware queues of their own, or one that waits holds up its neighbour for
+    ever: 32 queues are enough for two ranks (torch has pools of 32 streams and shares queues from the ninth of a pool on)."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32")
         with RankPool(1) as pool:
@@ -184,10 +185,9 @@ def agree(rank: int, world: int, schedule: str) -> list[bool]:
     return found
 
 
-@pytest.mark.parametrize("schedule", ["ring", "allgather", "staged:2"])
-@pytest.mark.parametrize("world", [2, 3])
-def test_ranks_on_one_gpu_agree_with_messages_by_copy(apart: RankPool, world: int, schedule: str) -> None:
-    assert all(apart.run(agree, world, schedule, timeout_s=40.0)[0])
+@pytest.mark.parametrize("schedule", ["ring", "allgather"])
+def test_ranks_on_one_gpu_agree_with_messages_by_copy(apart: RankPool, schedule: str) -> None:
+    assert all(apart.run(agree, WORLD, schedule, timeout_s=40.0)[0])
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -281,8 +281,8 @@ def test_make_graphed_callables() -> None:
 
 
 def replay_between_others(rank: int, schedule: str, backward: bool) -> list[bool]:
-    """Two layers of three ranks captured, replayed with new inputs, and eager passes of another shape between the replays."""
-    transports, streams = world_of(3), [torch.cuda.Stream() for _ in range(3)]
+    """Two layers of all ranks captured, replayed with new inputs, and eager passes of another shape between the replays."""
+    transports, streams = world_of(WORLD), [torch.cuda.Stream() for _ in range(WORLD)]
     jobs, other = jobs_of(transports, schedule, Mask.causal(), 768), jobs_of(transports, "ring", Mask.full(), 192)
     tensors, more = inputs_of(jobs), inputs_of(other)
     ready_for(jobs)
@@ -311,7 +311,7 @@ def test_captured_passes_over_symmetric_memory(apart: RankPool, schedule: str, b
 
 
 def outlive(rank: int) -> bool:
-    transports, streams = world_of(2), [torch.cuda.Stream() for _ in range(2)]
+    transports, streams = world_of(WORLD), [torch.cuda.Stream() for _ in range(WORLD)]
     jobs = jobs_of(transports, "ring", Mask.causal(), 256)
     tensors = inputs_of(jobs)
     ready_for(jobs)
@@ -378,8 +378,8 @@ class SignalsBeforeItIsComplete(Symmetric):
 
 def delayed(rank: int, kind: type[Symmetric], seeds: int) -> list[bool]:
     """Whether passes under random delays give the bits of passes without (and without the bug)."""
-    expected = layers(world_of(3))
-    return [same(layers(world_of(3, kind, sleeps(seed))), expected) for seed in range(seeds)]
+    expected = layers(world_of(WORLD))
+    return [same(layers(world_of(WORLD, kind, sleeps(seed))), expected) for seed in range(seeds)]
 
 
 def test_random_delays_change_nothing(apart: RankPool) -> None:
@@ -395,8 +395,8 @@ def test_random_delays_show_a_missing_wait(apart: RankPool, bug: type[Symmetric]
 
 
 def steady(rank: int) -> str:
-    streams = [torch.cuda.Stream() for _ in range(3)]
-    jobs = jobs_of(world_of(3), "ring", Mask.causal(), 512)
+    streams = [torch.cuda.Stream() for _ in range(WORLD)]
+    jobs = jobs_of(world_of(WORLD), "ring", Mask.causal(), 512)
     tensors, leaves = inputs_of(jobs), normal(512)
     ready_for(jobs)
 
