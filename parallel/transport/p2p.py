@@ -18,7 +18,9 @@ def far_groups(group: dist.ProcessGroup, device: torch.device) -> dict[str, dist
     together."""
     found = {}
     for what in ("chunks", "gradients"):
-        found[what] = dist.new_group(dist.get_process_group_ranks(group), use_local_synchronization=True)
+        # By name, since the default would be the backends of the default group, whatever this one's are.
+        backend = dist.get_backend_config(group)
+        found[what] = dist.new_group(dist.get_process_group_ranks(group), backend=backend, use_local_synchronization=True)
         if device.type == "cuda":  # NCCL sets up its rings in the first collective of a group, and needs all ranks there
             dist.all_reduce(torch.zeros(1, device=device), group=found[what])
     return found
