@@ -165,6 +165,12 @@ def test_cohorts_of_a_full_list_hardly_wait(q_len: int, k_len: int) -> None:
     assert _run_in_turns(Slices.full_rectangle(q_len, k_len), shape) <= 0.1
 
 
+def test_long_lists_have_no_cohorts() -> None:
+    for n, cohorts in ((4096, True), (4097, False)):
+        work = work_list(Slices.full_rectangle(n, 512), Shape(n, 512, 1, 1, 1, 128, ROWS, KEYS, 132), deterministic=True)
+        assert (work.items[:, 7] != 0).all() == cohorts
+
+
 def _run_in_turns(slices: Slices, shape: Shape) -> float:
     """Runs a deterministic list on shape.ctas workers in lockstep: one step a tick, if its turn has come. The part of the ticks
     of busy workers that were spent waiting."""

@@ -33,6 +33,9 @@ first."""
 MAX_PORTIONS = 127
 """Of one tile of keys; MAX_SLOTS of all: what fits the words of an item."""
 MAX_SLOTS = 1 << 13
+COHORT_ROWS = 4096
+"""Longer queries do without cohorts: at different query tiles at once, CTAs share nothing in L2. Deterministic TFLOP/s at D 128,
+full: 1k 378 without and 432 with cohorts, 4k 438 and 484, but 16k 515 and 462, 32k 32/8 545 and 379 (long ones from two runs)."""
 GROUP_BYTES = {64: 8 << 20, 256: 32 << 20}
 """By head dim, up to: share of the L2 that the queries, dout and dq of the heads in work at the same time may take. Measured on
 an H200 with 8 and 32 MB, TFLOP/s: D 64 at 4k tokens 500, 429 full and 468, 435 causal; D 128 at 8k 572, 566 and 552, 570."""
@@ -166,7 +169,7 @@ def _rotate(items: IntArray, runs: IntArray, shape: Shape) -> tuple[IntArray, In
     and wait for each other's turns."""
     q_tiles, n = -(-shape.q_len // shape.rows), -(-shape.k_len // shape.keys)
     every = len(runs) == n == len(np.unique(items[:, 2])) and (runs[:, 0] == 0).all() and (runs[:, 1] == q_tiles).all()
-    if n == 1 or q_tiles == 1 or not every:
+    if n == 1 or q_tiles == 1 or shape.q_len > COHORT_ROWS or not every:
         return items, runs
     tile = np.arange(n)
     size = -(-n // -(-n // min(shape.ctas, MAX_PORTIONS)))
