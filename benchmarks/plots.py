@@ -44,18 +44,23 @@ def _pyplot() -> Any:
     return pyplot
 
 
-def _colours(systems: Sequence[str]) -> dict[str, str]:
-    return {system: COLOURS[i % len(COLOURS)] for i, system in enumerate(systems)}
-
-
-def _bars(axis: Any, values: Sequence[dict[str, float]], labels: Sequence[str], colours: dict[str, str], numbers: bool) -> None:
-    """Groups of bars: values by system, one dict a group."""
+def _bars(
+    axis: Any,
+    values: Sequence[dict[str, float]],
+    labels: Sequence[str],
+    colours: dict[str, str],
+    numbers: bool,
+    pale: Sequence[set[str]] = (),
+) -> None:
+    """Groups of bars: values by system, one dict a group; ``pale``: of each group, the systems to draw so."""
     present = {system: colour for system, colour in colours.items() if any(system in group for group in values)}
     width = 0.84 / max(1, len(present))
     for i, (system, colour) in enumerate(present.items()):
         have = [(x, group[system]) for x, group in enumerate(values) if system in group]
         places = [x + (i - (len(present) - 1) / 2) * width for x, _ in have]
         bars = axis.bar(places, [v for _, v in have], width * 0.94, color=colour, label=LABELS.get(system, system))
+        for bar, (x, _) in zip(bars, have, strict=True):
+            bar.set_alpha(0.45 if pale and system in pale[x] else 1.0)
         if numbers:
             axis.bar_label(bars, [f"{v:.0f}" for _, v in have], fontsize=6, color=SOFT)
     axis.set_xticks(range(len(labels)), labels, fontsize=8)
@@ -122,7 +127,7 @@ def kernel_table(path: Path, out: Path) -> None:
         handles.append(plt.Line2D([], [], color=SOFT, linewidth=0.8, linestyle=(0, (4, 4))))
         words.append("large matrix product")
     figure.legend(handles, words, loc="outside lower center", ncols=len(words), frameon=False)
-    figure.savefig(out, dpi=150)
+    figure.savefig(out, dpi=110)
     plt.close(figure)
 
 
@@ -145,8 +150,22 @@ def _tokens(n: int) -> str:
     return f"{n // 2**20}M" if n >= 2**20 else f"{n // 1024}k"
 
 
+RING_COLOURS = {
+    "single": COLOURS[6],
+    "ringflash": COLOURS[0],
+    "ringflash_lean": COLOURS[5],
+    "ring_flash_attn_fa4": COLOURS[2],
+    "ulysses_fa4": COLOURS[4],
+    "ulysses_cudnn": COLOURS[3],
+    "torch_cp_allgather_cudnn": COLOURS[1],
+}
+
+
 def ring_table(path: Path, out: Path) -> None:
-    """Bars of bench_ring's rows: TFLOP/s per GPU by work and system, forward above, forward + backward below."""
+    """Bars of bench_ring's rows: TFLOP/s per GPU by work and system, forward above, forward + backward below.
+
+    The latest row of each cell; pale where it is of an earlier commit than the last row of all.
+    """
     latest = {}
     for row in load(path):
         latest[row.get("work") or f"causal_{_tokens(row['seqlen']).lower()}", row["system"]] = row
@@ -154,19 +173,25 @@ def ring_table(path: Path, out: Path) -> None:
     works.sort(
         key=lambda w: (not w.startswith("causal"), w.partition("_")[0], latest[next(k for k in latest if k[0] == w)]["seqlen"])
     )
-    colours = _colours(list(dict.fromkeys(system for _, system in latest)))
+    spare = iter(COLOURS[7:] + COLOURS)
+    systems = dict.fromkeys((*RING_COLOURS, *(system for _, system in latest)))
+    colours = {s: RING_COLOURS.get(s) or next(spare) for s in systems if any(s == system for _, system in latest)}
+    last = str(row["commit"])
     plt = _pyplot()
     figure, axes = plt.subplots(2, 1, figsize=(max(9.0, 1.7 * len(works)), 8), sharex=True, layout="constrained")
     for axis, key, title in zip(axes, ("forward", "both"), ("forward", "forward + backward"), strict=True):
         groups = [{s: latest[work, s][f"{key}_tflops"] for s in colours if (work, s) in latest} for work in works]
-        _bars(axis, groups, [w.replace("_", "\n") for w in works], colours, numbers=True)
+        old = [{s for s in colours if (work, s) in latest and str(latest[work, s]["commit"]) != last} for work in works]
+        _bars(axis, groups, [w.replace("_", "\n") for w in works], colours, numbers=True, pale=old)
         axis.set_ylabel("TFLOP/s per GPU", color=SOFT)
         axis.set_title(title, loc="left", color=INK)
     some = next(iter(latest.values()))
-    figure.suptitle(
-        f"Attention over {some['world']} x {some['gpu']}, head dim {some['head_dim']}, {some['dtype']}", x=0.01, ha="left"
-    )
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    title = f"Attention over {some['world']} x {some['gpu']}, head dim {some['head_dim']}, {some['dtype']}"
+    if any(str(r["commit"]) != last for r in latest.values()):
+        title += "; pale: a run of an earlier commit"
+    figure.suptitle(title, x=0.01, ha="left")
+    handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in colours.values()]
+    figure.legend(handles, [LABELS.get(s, s) for s in colours], loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(out, dpi=150)
     plt.close(figure)
 

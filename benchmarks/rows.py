@@ -21,10 +21,10 @@ def percentiles(values: Sequence[float]) -> Percentiles:
     return round(cuts[1], 4), round(statistics.median(values), 4), round(cuts[7], 4)
 
 
-def commit(given: str | None = None) -> str:
+def commit(given: str | int | None = None) -> str:
     """The commit that rows name: the given one (of a copy without git), else git's, else "unknown"."""
-    if given:
-        return given
+    if given is not None:
+        return str(given)  # digits alone come as a number
     try:
         done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
     except FileNotFoundError:
