@@ -188,6 +188,8 @@ class ContextParallel(Sharding):
             raise ValueError(
                 f'transport "allgather" brings all chunks at once: it needs schedule="allgather" without ulysses, got {plain}'
             )
+        if transport == "allgather" and plain.pieces > 1:
+            raise ValueError(f'transport "allgather" moves whole chunks, not {plain.pieces} pieces of them: leave pieces out')
         self.relays = plain.inner > 1
         if transport == "symmetric" and self.relays:
             raise ValueError(

@@ -6,7 +6,11 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
+import torch
+import torch.distributed as dist
 
+from ringflash import ContextParallel, Mask, attention
+from ringflash.parallel.plan import Schedule
 from ringflash.testing import Case, RankPool, draw, objections_on_ranks
 
 Ranks = Callable[[int], RankPool]
@@ -17,7 +21,7 @@ BATCH, BATCHES = 12, 4
 
 def with_transport(case: Case) -> Case:
     """Every transport in turn, where the schedule allows it."""
-    whole_chunks = case.build_schedule() == "allgather" and case.ulysses == 1
+    whole_chunks = case.schedule == "allgather" and case.ulysses == 1 and case.pieces < 2
     transports = ("auto", "p2p", "alltoall", "allgather" if whole_chunks else "alltoall")
     return replace(case, transport=transports[case.seed % len(transports)])
 
@@ -52,3 +56,29 @@ def test_every_transport_moves_every_mask(ranks: Ranks, transport: str) -> None:
     cases = [Case(mask=mask, schedule="allgather", transport=transport, layout="zigzag") for mask in masks]
     wrong = objections_on_ranks(ranks(4), cases)
     assert not wrong, "\n".join(wrong)
+
+
+def in_half(rank: int) -> float:
+    """A double ring over half of the ranks: the largest difference to one device's output."""
+    halves = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    cp = ContextParallel(halves[rank // 2], "zigzag", "double_ring", inner=2, transport="p2p")
+    generator = torch.Generator().manual_seed(rank // 2)
+    q, k, v = (torch.randn(1, 24, 2, 8, generator=generator, dtype=torch.float64) for _ in range(3))
+    out = attention(*(cp.shard(x) for x in (q, k, v)), mask=Mask.causal(), cp=cp)
+    return float((cp.unshard(out) - attention(q, k, v, mask=Mask.causal())).abs().max())
+
+
+def test_groups_of_some_ranks(ranks: Ranks) -> None:
+    assert max(ranks(4).run(in_half)) < 1e-12
+
+
+def pieces_by_all_gather(rank: int) -> str:
+    try:
+        ContextParallel(schedule=Schedule("allgather", pieces=3), transport="allgather")
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+def test_all_gather_refuses_pieces(ranks: Ranks) -> None:
+    assert all("whole chunks, not 3 pieces" in said for said in ranks(2).run(pieces_by_all_gather))

@@ -84,6 +84,7 @@ def library_forward(
     softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Dense or of variable length, in the layouts that all libraries share. What no sequence covers stays unwritten: NaN."""
+    assert scale > 0, "0 times the -inf of a masked score is NaN in the libraries"
     cu_q, cu_k, max_q, max_k = lengths
     if cu_q is None:
         return one_forward(q, k, v, window(q.shape[1], k.shape[1], k.shape[1]), scale, softcap)
@@ -113,7 +114,7 @@ def library_backward(
     dlse: Tensor | None = None,
 ) -> list[Tensor]:
     """delta = rowsum(dout * out) - dlse, as every library computes it."""
-    assert lse.is_contiguous() and scale >= 0
+    assert lse.is_contiguous() and scale > 0
     cu_q, cu_k, _, max_k = lengths
     delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1).transpose(-1, -2)
     delta = delta if dlse is None else delta - dlse

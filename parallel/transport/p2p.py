@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 
 import torch
@@ -16,14 +17,29 @@ from ringflash.parallel.watchdog import reached, watch
 def far_groups(group: dist.ProcessGroup, device: torch.device) -> dict[str, dist.ProcessGroup]:
     """For chunks and for gradients another group of the same ranks each, with connections of its own. All of them must call it
     together."""
+    ranks = dist.get_process_group_ranks(group)
+    # By name, since the default would be the backends of the default group, whatever this one's are.
+    backend = dist.get_backend_config(group)
     found = {}
-    for what in ("chunks", "gradients"):
-        # By name, since the default would be the backends of the default group, whatever this one's are.
-        backend = dist.get_backend_config(group)
-        found[what] = dist.new_group(dist.get_process_group_ranks(group), backend=backend, use_local_synchronization=True)
-        if device.type == "cuda":  # NCCL sets up its rings in the first collective of a group, and needs all ranks there
-            dist.all_reduce(torch.zeros(1, device=device), group=found[what])
+    with _unbound() if len(ranks) < dist.get_world_size() else nullcontext():
+        for what in ("chunks", "gradients"):
+            found[what] = dist.new_group(ranks, backend=backend, use_local_synchronization=True)
+            if device.type == "cuda":  # NCCL sets up its rings in the first collective of a group, and needs all ranks there
+                dist.all_reduce(torch.zeros(1, device=device), group=found[what])
     return found
+
+
+@contextmanager
+def _unbound() -> Iterator[None]:
+    """Groups made meanwhile are not split off the default group's communicator, in which all of its ranks would have to join."""
+    default = dist.group.WORLD
+    assert default is not None
+    bound = default.bound_device_id
+    default.bound_device_id = None
+    try:
+        yield
+    finally:
+        default.bound_device_id = bound
 
 
 class P2P(Transport):

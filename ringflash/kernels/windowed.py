@@ -208,8 +208,13 @@ def _add(into: Tensor, part: Tensor, first: int, runs: list[tuple[int, int]], si
 
 
 def _positive(q: Tensor, scale: float) -> tuple[Tensor, float, int]:
-    """(q, scale, sign) with the same scores and no negative scale, under which libraries would take a minimum for the maximum."""
-    return (q, scale, 1) if scale >= 0 else (-q, -scale, -1)
+    """(q, scale, sign) with the same scores and a positive scale; sign is that of dq.
+
+    Under a negative one libraries would take a minimum for the maximum; 0 would make NaN of masked scores (0 times -inf).
+    """
+    if scale == 0:
+        return torch.zeros_like(q), 1.0, 0
+    return (q, scale, 1) if scale > 0 else (-q, -scale, -1)
 
 
 def _calls(

@@ -69,11 +69,13 @@ def kernel_for(backend: str, inputs: Inputs, slices: Slices, **wishes: bool) -> 
     return kernel
 
 
-def assert_right(backend: str, case: SliceCase, dtype: torch.dtype, dlse: bool = False, softcap: float = 0.0) -> None:
+def assert_right(
+    backend: str, case: SliceCase, dtype: torch.dtype, dlse: bool = False, softcap: float = 0.0, **scale: float
+) -> None:
     inputs = make_slice_inputs(case, dtype, dlse=dlse)
     kernel = kernel_for(backend, inputs, case.slices, softcap=softcap > 0)
-    judge = Judge(inputs, visible(case.slices, case.q_len, case.k_len), softcap=softcap)
-    objections = judge.objections(run_kernel(kernel, to_device(inputs, DEVICE), [case.slices], softcap=softcap))
+    judge = Judge(inputs, visible(case.slices, case.q_len, case.k_len), softcap=softcap, **scale)
+    objections = judge.objections(run_kernel(kernel, to_device(inputs, DEVICE), [case.slices], softcap=softcap, **scale))
     assert not objections, "\n".join(objections)
 
 
@@ -119,6 +121,13 @@ def test_head_dims_of_cudnn(dims: tuple[int, int]) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_softcap(backend: str, name: str) -> None:
     assert_right(backend, BY_NAME[name], torch.bfloat16, softcap=2.0)
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.7])
+@pytest.mark.parametrize("name", ["causal", "band", "documents_window", "gqa"])
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "hopper"])
+def test_scales_that_are_not_positive(backend: str, name: str, scale: float) -> None:
+    assert_right(backend, BY_NAME[name], torch.bfloat16, scale=scale)
 
 
 @pytest.mark.parametrize("case", [case for case in SEEING if len(case.slices) > 1], ids=str)
