@@ -404,7 +404,7 @@ def frugalities(rows: int, rings: int, k_len: int, kv_heads: int, ulysses: int, 
         if (fewer := (chunks - 1) * chunk + 1) < stages[-1]:
             stages.append(fewer)
     divisors = [n for n in range(1, max(kv_heads, 1) + 1) if kv_heads % n == 0] if ulysses == 1 else [1]
-    return tuple(Frugality(stage, groups) for groups in divisors or [1] for stage in stages)
+    return tuple(Frugality(stage, groups) for groups in divisors for stage in stages)
 
 
 def extra_bytes(plan: Plan, call: Demand, groups: int = 1) -> int:

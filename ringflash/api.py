@@ -169,7 +169,9 @@ def _prepare(call: Call, cp: ContextParallel, lengths: tuple[int, int]) -> tuple
         rows, groups = cp.frugalities(k_len, call.k_shape[2])[cp.afford(affordable)]
         plan = cp.plan(*whose, rows)
     whole = "needed rows" if cp.trim else "whole chunks"
-    facts = _facts(call, plan, kernel, f"{cp.transport_name}, {whole}, gaps up to {cp.max_gap} rows")
+    # The budget first: a rank without one is here while those with one still compare what they can afford.
+    facts = {"memory_budget": str(cp.memory_budget)}
+    facts |= _facts(call, plan, kernel, f"{cp.transport_name}, {whole}, gaps up to {cp.max_gap} rows")
     cp.agreement.agree(facts)
     env.logger("plan").debug("%s", ", ".join(f"{name}: {value}" for name, value in facts.items()))
     return plan, kernel, groups

@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from ringflash.kernels import Kernel, OneCallKernel, Settle
 from ringflash.kernels.hopper_backward import delta as rowsum_delta
+from ringflash.kernels.running import accumulate_dtype
 from ringflash.parallel import trace
 from ringflash.parallel.heads import HeadExchange
 from ringflash.parallel.plan import Part, Plan, Ranges, View, make_plan
@@ -62,11 +63,6 @@ class Saved:
 
 
 N_SAVED = 6
-
-
-def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of running state: float64 for float64 inputs, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def take_turns(ranks: Sequence[Generator[None, None, T]]) -> list[T]:

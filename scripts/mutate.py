@@ -270,7 +270,7 @@ BUGS = (
     ),
     Bug(
         "running state in the inputs' dtype",
-        "ringflash/autograd.py",
+        "ringflash/kernels/running.py",
         "return torch.float64 if dtype == torch.float64 else torch.float32",
         "return dtype",
         PRECISION,
