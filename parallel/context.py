@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -109,6 +110,17 @@ class Sharding:
                 "give it more memory, or more ranks"
             )
         return [n for n, need in enumerate(needs) if need <= budget]
+
+    def common(self, affordable: Sequence[Sequence[int]]) -> int:
+        """The first of the ``frugalities`` that every rank can afford: each rank's are given. ValueError if there is none."""
+        if shared := set.intersection(*map(set, affordable)):
+            return min(shared)
+        if self.memory_budget == "lean":  # a wish, no bound
+            return max(map(min, affordable))
+        raise ValueError(
+            f"memory_budget={self.memory_budget} suffices for each rank alone, but for no stages and groups of heads that "
+            "are the same on all; give it more"
+        )
 
     def bound(self, mask: Mask | None) -> Mask:
         """The mask of a call: the given one, or the one this view was made for.
@@ -227,21 +239,12 @@ class ContextParallel(Sharding):
         return self.transport_name == "symmetric" or (self.transport_name == "auto" and device.type == "cuda" and not self.relays)
 
     def afford(self, indices: list[int]) -> int:
-        """The first choice that all ranks can afford: this rank's are given. Raises the same ValueError on all ranks."""
-        facts = {"memory_budget": str(self.memory_budget), "affordable": ",".join(map(str, indices))}
-        said = self.agreement.gather(facts)
-        if len({fact.get("memory_budget") for fact in said.values()}) > 1:
-            given = ", ".join(f"rank {rank}: {fact.get('memory_budget')}" for rank, fact in said.items())
-            raise ValueError(f"the ranks disagree on memory_budget: {given}")
-        common = set.intersection(*({int(n) for n in fact["affordable"].split(",")} for fact in said.values()))
-        if not common and self.memory_budget == "lean":
-            return max(min(int(n) for n in fact["affordable"].split(",")) for fact in said.values())
-        if not common:
-            raise ValueError(
-                f"memory_budget={self.memory_budget} suffices for each rank alone, but for no stages and groups of heads that "
-                "are the same on all; give it more"
-            )
-        return min(common)
+        """The first choice that all ranks can afford: this rank's are given. Raises the same ValueError on all ranks.
+
+        To be called once the ranks agree on the call: choices are numbered by it.
+        """
+        said = self.agreement.gather({"affordable": ",".join(map(str, indices))})
+        return self.common([[int(n) for n in fact["affordable"].split(",")] for fact in said.values()])
 
     def explain(
         self, seqlen: int, heads: int, kv_heads: int, mask: Mask | None = None, device: torch.device | str = "cuda", **shape: int

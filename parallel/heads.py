@@ -60,8 +60,6 @@ class HeadExchange:
 
     def leave(self, tensors: Sequence[tuple[Tensor, bool]], heads: Sequence[int]) -> Turns:
         """The reverse: own heads of all members' rows -> all ``heads`` of the own rows; shared key heads add up."""
-        if self.members == 1:
-            return [x for x, _ in tensors]
         results, sends, receives, arrivals = [], [], [], []
         for (x, keys), n_heads in zip(tensors, heads, strict=True):
             x = self._folded(x, keys).transpose(0, 1)

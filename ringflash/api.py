@@ -129,6 +129,7 @@ def _facts(call: Call, plan: Plan, kernel: Kernel, transport: str) -> dict[str, 
         "k's and v's heads and head_dim": f"({hk}, {dv})",
         "sequence lengths": f"{key.q_layout.seqlen} queries, {key.k_layout.seqlen} keys",
         "dtype": str(call.dtype),
+        "device": call.device.type,
         "mask": f"{call.mask!r} #{call.mask.digest()}",
         "layout": f"{key.q_layout.name} #{key.q_layout.digest()}",
         "schedule": str(key.schedule),
@@ -164,15 +165,14 @@ def _prepare(call: Call, cp: ContextParallel, lengths: tuple[int, int]) -> tuple
     except Exception as error:  # whatever it is, the other ranks must not wait for this one
         cp.agreement.refuse(error)
         raise
+    whole = "needed rows" if cp.trim else "whole chunks"
+    facts = _facts(call, plan, kernel, f"{cp.transport_name}, {whole}, gaps up to {cp.max_gap} rows")
+    facts["memory_budget"] = str(cp.memory_budget)
+    cp.agreement.agree(facts)
     groups = 1
-    if cp.memory_budget is not None:
+    if cp.memory_budget is not None:  # the ranks' choices mean the same only now
         rows, groups = cp.frugalities(k_len, call.k_shape[2])[cp.afford(affordable)]
         plan = cp.plan(*whose, rows)
-    whole = "needed rows" if cp.trim else "whole chunks"
-    # The budget first: a rank without one is here while those with one still compare what they can afford.
-    facts = {"memory_budget": str(cp.memory_budget)}
-    facts |= _facts(call, plan, kernel, f"{cp.transport_name}, {whole}, gaps up to {cp.max_gap} rows")
-    cp.agreement.agree(facts)
     env.logger("plan").debug("%s", ", ".join(f"{name}: {value}" for name, value in facts.items()))
     return plan, kernel, groups
 

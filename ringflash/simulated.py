@@ -66,14 +66,14 @@ class SimulatedWorld(Sharding):
         mask.check(q.shape[1], k.shape[1])
         mailbox = mailbox or Mailbox()
         sizes = (mask, q.shape[1], k.shape[1], q.shape[2], k.shape[2])
-        ways = self.frugalities(k.shape[1], k.shape[2])
+        choice = 0
         if self.memory_budget is not None:
-            able = [set(self.affordable(demand(call), rank, *sizes)) for rank in range(self.world)]
-            ways = ways[min(set.intersection(*able) or {max(map(min, able))}) :]
+            choice = self.common([self.affordable(demand(call), rank, *sizes) for rank in range(self.world)])
+        way = self.frugalities(k.shape[1], k.shape[2])[choice]
         jobs = []
         for rank in range(self.world):
-            plan = self.plan(rank, *sizes, ways[0].rows)
-            rest = (call.scale, call.softcap, deterministic, return_lse, call.needs_grad, ways[0].groups)
+            plan = self.plan(rank, *sizes, way.rows)
+            rest = (call.scale, call.softcap, deterministic, return_lse, call.needs_grad, way.groups)
             jobs.append(Job(plan, kernel_for(call, plan), Simulated(mailbox, rank), *rest))
         pieces = zip(*(self.shards(row_major(x)) for x in (q, k, v)), strict=True)
         results = Attention.apply(tuple(jobs), *(x for rank in pieces for x in (*rank, sinks)))  # type: ignore[no-untyped-call]
