@@ -1004,9 +1004,8 @@ UNEVEN = 1.02
 
 
 class Traffic(NamedTuple):
-    """A backward pass with one thing travelling: rows that all ranks receive, bytes, and the busiest ring rank's pairs."""
+    """A backward pass with one thing travelling: bytes that all ranks receive, and the busiest ring rank's pairs."""
 
-    rows: int
     nbytes: int
     busiest: int
 
@@ -1016,7 +1015,7 @@ def traffic(plan: Plan, travels: str, head_dim: int, head_dim_v: int, dtype_byte
     """What a backward pass of the whole world would move, if K and V travelled ("kv") or Q ("q")."""
     world = _world(replace(plan.key, rank=0, travels=travels))
     row = row_bytes(plan, travels, head_dim, head_dim_v, dtype_bytes)
-    return Traffic(world.rows_moved, world.rows_moved * (row.out + row.home), world.busiest)
+    return Traffic(world.rows_moved * (row.out + row.home), world.busiest)
 
 
 @lru_cache(maxsize=512)

@@ -65,10 +65,6 @@ template <int Id, int Threads>
 __device__ __forceinline__ void barrier_sync() {
   asm volatile("bar.sync %0, %1;" ::"n"(Id), "n"(Threads) : "memory");
 }
-template <int Id, int Threads>
-__device__ __forceinline__ void barrier_arrive() {
-  asm volatile("bar.arrive %0, %1;" ::"n"(Id), "n"(Threads) : "memory");
-}
 
 template <int Threads>
 __device__ __forceinline__ void barrier_sync(int id) {

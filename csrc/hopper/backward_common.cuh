@@ -1,4 +1,4 @@
-// What both backward kernels share: tables, the producer warps that walk them, and the way gradients reach global memory.
+// What the backward kernels share: tables, the producer warps that walk them, and the way gradients reach global memory.
 //
 // A CTA takes *items* (a tile of keys of one KV head, with the query tiles it meets) off a counter until none is left. Its
 // producer warp turns the item's runs into *steps*, one query tile each, and tells the other warps through a small ring of Step
@@ -41,12 +41,8 @@ struct BackwardParams {
   float inverse_cap;    // with a softcap: ln 2 / cap
 };
 
-/// Item of the work list: two int4.
-struct Item {
-  int run_begin, run_end, first_key, batch;
-  int kv_head, head_begin, head_end, part;  // query heads [head_begin, head_end) of the whole tensor; Portion or Cohort
-};
-
+// An item of the work list is two int4: run_begin, run_end, first_key, batch; and kv_head, head_begin, head_end, part. Query
+// heads [head_begin, head_end) are of the whole tensor; part is a Portion or a Cohort.
 constexpr int kFirst = 1, kLast = 2, kStop = 4;  // flags of a step: first or last of its item; no step, the work is done
 constexpr int kPartShift = 3;                    // above them an item's `part`
 
@@ -421,8 +417,8 @@ __device__ __forceinline__ void pass_turns_on(const BackwardParams& p, Shared& s
   }
 }
 /// The warpgroup of dQ: dQ^T = K^T dS^T in parts of 64 columns of d (or, of tiles with one panel and 128 rows, of 64 queries),
-/// through two buffers in shared memory to the copy engine, which adds them to global memory and clips rows and columns past the
-/// end. red.global.add.v4 from registers instead takes more than twice as long: its warps touch 16 rows at once.
+/// through two or three buffers in shared memory to the copy engine, which adds them to global memory and clips rows and columns
+/// past the end. red.global.add.v4 from registers instead takes more than twice as long: its warps touch 16 rows at once.
 template <class T, int Rows, int Keys, int Panels, bool Deterministic, class Shared>
 __device__ __forceinline__ void make_dq(const BackwardParams& p, Shared& s, const CUtensorMap* dq_map, int thread) {
   using Product = ptx::Wgmma<64, T, true, false>;

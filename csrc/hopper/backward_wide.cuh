@@ -4,7 +4,7 @@
 //   0  producers, as in backward_narrow.cuh
 //   1  scores: S^T = K Q^T, P^T = exp(S^T - lse); keeps the first panels of dk and dv
 //   2  gradients of scores: dP^T = V dO^T, dS^T = P^T (dP^T - delta); keeps the other panels
-//   3  dQ = dS K, panel by panel, added to global memory from registers: there is no room for a staging buffer
+//   3  dQ = dS K, panel by panel, as in backward_narrow.cuh
 // P^T goes from 1 to 2 and dS^T from 2 to 1 and 3 through shared memory, two buffers each. Whoever made an operand uses it from
 // registers, the others from shared memory. A step of 1: exp S(i) | store P | dV, S(i+1) | wait for dS, dK. Of 2: wait for P, dS
 // | store | dV, dK, dP(i+1). So the two keep the tensor cores busy while the other is in its arithmetic.

@@ -43,8 +43,7 @@ class Problem:
 
     device: its type, "cuda", "cpu", ... capability: CUDA compute capability (major, minor), None elsewhere. head_dim: of q and k.
     softcap: scores are capped. deterministic: gradients must repeat bitwise. needs_grad: backward will be called. dlse: the
-    log-sum-exp is differentiated. positive_scale: scores
-    keep their order.
+    log-sum-exp is differentiated. positive_scale: scores keep their order.
     """
 
     device: str

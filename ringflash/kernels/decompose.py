@@ -36,12 +36,6 @@ def is_causal_square(s: Slice) -> bool:
     return s.q1 - s.q0 == s.k1 - s.k0 and s.hi == s.k0 - s.q0 and not lower_bound_matters(s)
 
 
-def banded(slices: Slices) -> bool:
-    """Whether some Slice is bounded from below, that is neither full nor causal-like."""
-    q1, k0, lo = slices.table[:, 1], slices.table[:, 2], slices.table[:, 4]
-    return bool((lo > k0 - q1 + 1).any())
-
-
 def restricted(s: Slice, q0: int, q1: int) -> Slice | None:
     """The tight Slice of rows [q0, q1) of a tight Slice; None if there are none."""
     q0, q1 = max(q0, s.q0), min(q1, s.q1)

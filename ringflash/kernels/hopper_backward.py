@@ -174,7 +174,6 @@ def gradients(
     *,
     scale: float,
     softcap: float = 0.0,
-    dlse: Tensor | None = None,
     row_delta: Tensor | None = None,
     deterministic: bool = False,
     sm_margin: int = 0,
@@ -182,8 +181,8 @@ def gradients(
     """(dq, dk, dv) in q's dtype of a pass that is one step: the whole backward, with delta, zeroing and conversion.
 
     dk and dv are written in their final dtype where that is faster, which spares zeroing, adding to and converting float32
-    tensors. Shapes as ``ringflash.kernels.Kernel.backward``; dlse (B, H, Sq) or None. ``row_delta``: delta(dout, out, dlse)
-    (B, H, Sq) where the caller already has it.
+    tensors. Shapes as ``ringflash.kernels.Kernel.backward``. ``row_delta``: delta (B, H, Sq) where the caller already has it,
+    perhaps with a dlse in it; else delta(dout, out).
     """
     if not scale > 0.0:
         raise ValueError(f"scale={scale}: the Hopper kernels need a positive scale; use backend='reference' or negate q")
@@ -199,7 +198,7 @@ def gradients(
         dtype = q.dtype if write else torch.float32
         dk, dv = (new(x.shape, dtype=dtype, device=x.device) for x in (k, v))
         inputs = [_readable(x) for x in (dout, q, k, v)]
-        row_delta = delta(dout, out, dlse) if row_delta is None else row_delta
+        row_delta = delta(dout, out) if row_delta is None else row_delta
         _launch(work, inputs, _rows(lse), _rows(row_delta), scale, softcap, [dq, dk, dv], sm_margin)
     return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype)
 

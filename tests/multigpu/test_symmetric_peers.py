@@ -288,7 +288,7 @@ def test_memory_is_what_the_formula_says(gpus: RankPool, schedule: str) -> None:
 
 
 def test_a_budget_is_kept(gpus: RankPool) -> None:
-    budget = 200 << 20
+    budget = 150 << 20  # at full speed a call takes 192 MiB or more
     for found, told, held, _ in gpus.run(memory, "auto", budget):
         tensors_of_rank = 8192 * 128 * 2 * (2 * (16 + 16) + 2 * (4 + 4)) + 8192 * 16 * 4
         assert abs(found - told) < 0.04 * told
