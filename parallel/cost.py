@@ -123,7 +123,7 @@ class Forecast:
 
     def flop(self, backward: bool) -> float:
         """Of the visible pairs of this rank."""
-        heads = self.plan.share.q1 - self.plan.share.q0
+        heads = self.plan.share.q_heads
         return float(self.plan.area * heads * self.shape.batch * _flop_per_pair(self.shape, backward))
 
 
@@ -325,7 +325,7 @@ class _Replay:
         step = plan.steps[n]
         work = work_of(step.parts, device.tile)
         rate = device.rate(max(shape.head_dim, shape.head_dim_v))
-        heads = (plan.share.q1 - plan.share.q0) * shape.batch
+        heads = plan.share.q_heads * shape.batch
         flop = device.tile**2 * heads * _flop_per_pair(shape, self.backward)
         full, masked = (
             (rate.backward_full_TFLOPS, rate.backward_masked_TFLOPS)
@@ -384,7 +384,7 @@ class _Replay:
                 lengths = plan.k_lengths if keys else plan.q_lengths
                 for way, (a, b) in enumerate(((me, member), (member, me))):
                     rows, share = (lengths[a], plan.shares[b]) if entering else (lengths[b], plan.shares[a])
-                    moved[way] += rows * ((share.k1 - share.k0) if keys else (share.q1 - share.q0)) * unit * shape.batch
+                    moved[way] += rows * share.traded(keys) * unit * shape.batch
             peer = plan.rank * len(plan.shares) + member
             loads += [
                 _Load(peer, inbound, nbytes, len(units)) for inbound, nbytes in ((False, moved[0]), (True, moved[1])) if nbytes

@@ -6,6 +6,7 @@ heads use, so fewer key heads than ranks work too (the gradients of a shared key
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Generator, Iterator, Sequence
 
 import torch
@@ -26,9 +27,6 @@ class HeadExchange:
         self.members = len(plan.shares)
         self.first = plan.rank * self.members
 
-    def _span(self, share: HeadShare, keys: bool) -> slice:
-        return slice(share.k0, share.k1) if keys else slice(share.q0, share.q1)
-
     def _rows(self, keys: bool) -> list[slice]:
         lengths = self.plan.k_lengths if keys else self.plan.q_lengths
         starts = [sum(lengths[:i]) for i in range(self.members)]
@@ -43,20 +41,18 @@ class HeadExchange:
             return [x for x, _ in tensors]
         results, sends, receives = [], [], []
         for x, keys in tensors:
-            x, mine = x.transpose(0, 1), self._span(self.plan.share, keys)
+            x, mine = x.transpose(0, 1), self.plan.share.span(keys)
             rows = self._rows(keys)
             out = x.new_empty((rows[-1].stop, x.shape[1], mine.stop - mine.start, x.shape[3]))
             out[rows[self.plan.member]] = x[:, :, mine]
             for peer, share in self._others():
-                sends.append(Message(self.first + peer, x[:, :, self._span(share, keys)].contiguous()))
+                sends.append(Message(self.first + peer, x[:, :, share.span(keys)].contiguous()))
                 receives.append(Message(self.first + peer, out[rows[peer]]))
             results.append(out)
         pending = self._post(0, sends, receives)
         yield
         pending.wait()
-        index = self.plan.share.k_index
-        spread = [out[:, :, list(index)] if keys and index else out for out, (_, keys) in zip(results, tensors, strict=True)]
-        return [out.transpose(0, 1) for out in spread]
+        return [self._spread(out, keys).transpose(0, 1) for out, (_, keys) in zip(results, tensors, strict=True)]
 
     def leave(self, tensors: Sequence[tuple[Tensor, bool]], heads: Sequence[int]) -> Turns:
         """The reverse: own heads of all members' rows -> all ``heads`` of the own rows; shared key heads add up."""
@@ -68,7 +64,7 @@ class HeadExchange:
             out = x.new_zeros((own.shape[0], own.shape[1], n_heads, own.shape[3]))
             parts = {self.plan.member: own}
             for peer, share in self._others():
-                span = self._span(share, keys)
+                span = share.span(keys)
                 sends.append(Message(self.first + peer, x[rows[peer]].contiguous()))
                 parts[peer] = x.new_empty((*out.shape[:2], span.stop - span.start, out.shape[3]))
                 receives.append(Message(self.first + peer, parts[peer]))
@@ -79,22 +75,36 @@ class HeadExchange:
         pending.wait()
         for out, (parts, keys) in zip(results, arrivals, strict=True):
             for member, share in enumerate(self.plan.shares):  # in the members' order on every rank: the sum is reproducible
-                out[:, :, self._span(share, keys)] += parts[member]
+                out[:, :, share.span(keys)] += parts[member]
         return [out.transpose(0, 1) for out in results]
 
-    def _folded(self, x: Tensor, keys: bool) -> Tensor:
-        """Gradients of keys that were laid out once per query head, summed back to one per key head."""
-        share = self.plan.share
-        if not keys or share.k_index is None:
+    def _spread(self, x: Tensor, keys: bool) -> Tensor:
+        """Keys laid out once per query head, where the shares keep no ratio."""
+        index = self.plan.share.k_index
+        if not keys or index is None:
             return x
-        out = x.new_zeros((*x.shape[:2], share.k1 - share.k0, x.shape[3]))
-        return out.index_add_(2, torch.tensor(share.k_index, device=x.device), x)
+        return torch.cat([x[:, :, k : k + 1].expand(-1, -1, len(heads), -1) for k, heads in enumerate(_served(index))], 2)
+
+    def _folded(self, x: Tensor, keys: bool) -> Tensor:
+        """Gradients of such keys summed back to one per key head, always in the same order."""
+        index = self.plan.share.k_index
+        if not keys or index is None:
+            return x
+        out = x.new_empty((*x.shape[:2], self.plan.share.traded(keys), x.shape[3]))
+        for k, heads in enumerate(_served(index)):
+            torch.sum(x[:, :, heads.start : heads.stop], 2, out=out[:, :, k])
+        return out
 
     def _others(self) -> Iterator[tuple[int, HeadShare]]:
         return ((i, share) for i, share in enumerate(self.plan.shares) if i != self.plan.member)
 
     def _post(self, step: int, sends: list[Message], receives: list[Message]) -> Pending:
         return self.transport.post(Label("heads", step), _filled(sends), _filled(receives))
+
+
+def _served(k_index: Sequence[int]) -> list[range]:
+    """By key head: the query heads that use it, which stand side by side."""
+    return [range(bisect_left(k_index, k), bisect_right(k_index, k)) for k in range(k_index[-1] + 1)]
 
 
 def _filled(messages: list[Message]) -> list[Message]:

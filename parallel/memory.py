@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from ringflash.parallel.plan import ROW_TAIL, HeadShare, Plan, make_plan
+from ringflash.parallel.plan import Plan, make_plan, query_row_bytes
 from ringflash.parallel.transport import itinerary
 from ringflash.parallel.transport.symmetric import BUFFERS, buffer_bytes
 
@@ -80,15 +80,6 @@ class Ledger:
         return Peak(tuple((what, n) for what, n in self.best.most_common() if n))
 
 
-def _kv_heads(plan: Plan) -> int:
-    """Key heads that this rank computes with: one per query head where they are spread."""
-    return len(plan.share.k_index) if plan.share.k_index is not None else plan.share.k1 - plan.share.k0
-
-
-def _q_heads(plan: Plan) -> int:
-    return plan.share.q1 - plan.share.q0
-
-
 @dataclass(frozen=True)
 class Rows:
     """Bytes of one row of this rank's buffers, all heads of this rank and the batch."""
@@ -109,8 +100,8 @@ class Rows:
     @classmethod
     def of(cls, plan: Plan, shape: Shape) -> Rows:
         e, acc = shape.dtype_bytes * shape.batch, shape.acc_bytes * shape.batch
-        h, hk = _q_heads(plan), _kv_heads(plan)
-        queries = h * shape.batch * (-(-shape.dims * shape.dtype_bytes // ROW_TAIL) + 1) * ROW_TAIL
+        h, hk = plan.share.q_heads, plan.share.kv_heads
+        queries = h * shape.batch * query_row_bytes(shape.dims, shape.dtype_bytes)
         turned = plan.key.travels == "q"
         return cls(
             q=h * shape.head_dim * e,
@@ -220,14 +211,14 @@ class _ExchangeWalk:
         """tensors: (bytes of one row of one head, whether heads are key heads)."""
         for unit, keys in tensors:
             lengths = self.plan.k_lengths if keys else self.plan.q_lengths
-            self.ledger.take(EXCHANGE, sum(lengths) * _span(self.plan.share, keys) * unit)
-            self.ledger.take(EXCHANGE, lengths[self.plan.member] * sum(_span(s, keys) for s in self.others) * unit)
+            self.ledger.take(EXCHANGE, sum(lengths) * self.plan.share.traded(keys) * unit)
+            self.ledger.take(EXCHANGE, lengths[self.plan.member] * sum(s.traded(keys) for s in self.others) * unit)
         kept = 0
         for unit, keys in tensors:
             rows = self.plan.k_len if keys else self.plan.q_len
             if keys and self.plan.share.k_index is not None:
-                self.ledger.take(EXCHANGE, rows * _kv_heads(self.plan) * unit)
-            kept += rows * (_kv_heads(self.plan) if keys else _q_heads(self.plan)) * unit
+                self.ledger.take(EXCHANGE, rows * self.plan.share.kv_heads * unit)
+            kept += rows * (self.plan.share.kv_heads if keys else self.plan.share.q_heads) * unit
         self.ledger.drop(EXCHANGE)
         self.ledger.take(what, kept)
 
@@ -236,20 +227,16 @@ class _ExchangeWalk:
         kept = 0
         for unit, keys, heads, in_place in tensors:
             lengths = self.plan.k_lengths if keys else self.plan.q_lengths
-            span, own = _span(self.plan.share, keys), lengths[self.plan.member]
+            span, own = self.plan.share.traded(keys), lengths[self.plan.member]
             if keys and self.plan.share.k_index is not None:
                 self.ledger.take(EXCHANGE, sum(lengths) * span * unit)
                 in_place = self.batch == 1
             if not in_place:
                 self.ledger.take(EXCHANGE, (sum(lengths) - own) * span * unit)
-            self.ledger.take(EXCHANGE, own * (heads + sum(_span(s, keys) for s in self.others)) * unit)
+            self.ledger.take(EXCHANGE, own * (heads + sum(s.traded(keys) for s in self.others)) * unit)
             kept += own * heads * unit
         self.ledger.drop(EXCHANGE)
         self.ledger.take(what, kept)
-
-
-def _span(share: HeadShare, keys: bool) -> int:
-    return share.k1 - share.k0 if keys else share.q1 - share.q0
 
 
 def forward_peak(plan: Plan, shape: Shape, sinks: bool = False, leased: bool = False) -> Peak:
@@ -287,7 +274,7 @@ def forward_peak(plan: Plan, shape: Shape, sinks: bool = False, leased: bool = F
     if len(plan.shares) > 1:
         leaving = [
             (shape.head_dim_v * e, False, heads, shape.batch == 1),
-            (acc, False, heads, _q_heads(plan) == 1 == shape.batch),
+            (acc, False, heads, plan.share.q_heads == 1 == shape.batch),
         ]
         exchange.leave(RESULTS, leaving)
     return ledger.peak()
@@ -361,7 +348,7 @@ def symmetric_bytes(plan: Plan, shape: Shape, backward: bool = True) -> int:
         return BUFFERS * chunks
     there, home = shape.dims, shape.dims
     if back.key.travels == "q":
-        there, home = (-(-shape.dims * e // ROW_TAIL) + 1) * ROW_TAIL // e, shape.head_dim
+        there, home = query_row_bytes(shape.dims, e) // e, shape.head_dim
     chunks = max(chunks, buffer_bytes(back, "chunks", (shape.batch, there), e))
     return BUFFERS * (chunks + buffer_bytes(back, "gradients", (shape.batch, home), shape.acc_bytes))
 
@@ -380,7 +367,8 @@ class Demand:
 
 def lean_bytes(plan: Plan, call: Demand) -> int:
     """What is little beyond a call's tensors: a tenth of them, and 1.1 times two of the plan's stages."""
-    stage = max((step.rows for step in plan.steps[1:]), default=0) * _kv_heads(plan) * call.shape.dims * call.shape.dtype_bytes
+    row = plan.share.kv_heads * call.shape.dims * call.shape.dtype_bytes
+    stage = max((step.rows for step in plan.steps[1:]), default=0) * row
     return (tensor_bytes(plan, call.shape, call.backward) + 11 * 2 * stage * call.shape.batch) // 10
 
 

@@ -14,9 +14,10 @@ Steps and slots are the same on all ranks, but a rank has only what it needs in 
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, lru_cache
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -227,6 +228,23 @@ class HeadShare(NamedTuple):
     k1: int
     k_index: tuple[int, ...] | None
 
+    @property
+    def q_heads(self) -> int:
+        return self.q1 - self.q0
+
+    @property
+    def kv_heads(self) -> int:
+        """Key heads as they are laid out to be computed with."""
+        return self.k1 - self.k0 if self.k_index is None else len(self.k_index)
+
+    def span(self, keys: bool) -> slice:
+        """The key heads or the query heads that are traded for it."""
+        return slice(self.k0, self.k1) if keys else slice(self.q0, self.q1)
+
+    def traded(self, keys: bool) -> int:
+        """How many these are."""
+        return self.k1 - self.k0 if keys else self.q_heads
+
 
 @dataclass(frozen=True)
 class PlanKey:
@@ -331,9 +349,7 @@ class Plan:
 
     def heads_of(self, share: HeadShare) -> int:
         """Heads of what travels that one Ulysses member works on."""
-        if self.key.travels == "q":
-            return share.q1 - share.q0
-        return share.k1 - share.k0 if share.k_index is None else len(share.k_index)
+        return share.q_heads if self.key.travels == "q" else share.kv_heads
 
     def due(self, slot: int, step: int) -> int:
         """The slot at which gradients that arrive in a post of ``slot`` are added: the next one, but what crosses slow links
@@ -618,39 +634,34 @@ class Way(NamedTuple):
     far: bool
 
 
-Rows = Callable[[int, int], int]
-"""How many rows of a piece a ring rank takes (or in a double ring: any rank of its group)."""
-
-
-def _ring(schedule: Schedule, rank: int, rings: int, pieces: int, rows: Rows) -> list[list[int]]:
+def _ring(schedule: Schedule, rank: int, rings: int, pieces: int, rows: IntArray) -> list[list[int]]:
     """The pieces of every stage of a rank, nearest predecessor first; stages it has no need of do not exist."""
+    owners = (rank - np.arange(1, rings)) % rings
+    nearest = (owners[:, None] * pieces + np.arange(pieces)).ravel()
+    order = nearest[rows[nearest] > 0]
+    needed, held = order.tolist(), [0, *np.cumsum(rows[order]).tolist()]
     stages: list[list[int]] = []
-    held = 0
-    for piece in (owner * pieces + p for d in range(1, rings) for owner in [(rank - d) % rings] for p in range(pieces)):
-        if n := rows(rank, piece):
-            if not stages or (len(stages[-1]) >= schedule.stage and held >= schedule.rows):
-                stages.append([])
-                held = 0
-            stages[-1].append(piece)
-            held += n
+    begin = 0
+    while begin < len(needed):
+        end = max(begin + schedule.stage, bisect_left(held, held[begin] + schedule.rows, begin))
+        stages.append(needed[begin:end])
+        begin = end
     return stages
 
 
-def _evenly(pieces: Sequence[int], n: int, rows: Callable[[int], int]) -> list[list[int]]:
+def _evenly(pieces: Sequence[int], n: int, rows: IntArray) -> list[list[int]]:
     """Those of the pieces that have rows, in their order, in n stages of about as many rows: ranks that need less are not done
     with a step before others, who would wait for them in the next."""
-    stages: list[list[int]] = [[] for _ in range(n)]
-    sizes = [(piece, rows(piece)) for piece in pieces]
-    held, total = 0, sum([size for _, size in sizes])
-    for piece, size in sizes:
-        if size:
-            stages[(2 * held + size) * n // (2 * total)].append(piece)
-            held += size
-    return stages
+    order = np.array(pieces, np.int64)
+    order = order[rows[order] > 0]
+    held = np.cumsum(rows[order])
+    stage = (2 * held - rows[order]) * n // (2 * held[-1:])
+    cuts, needed = np.searchsorted(stage, np.arange(n + 1)).tolist(), order.tolist()
+    return [needed[a:b] for a, b in pairwise(cuts)]
 
 
 def _double_ring(
-    schedule: Schedule, rings: int, pieces: int, n: int, returns: bool, rows: Rows
+    schedule: Schedule, rings: int, pieces: int, n: int, returns: bool, rows: Callable[[int], IntArray]
 ) -> tuple[list[list[list[int]]], list[Way]]:
     """The stages of every rank, and the ways of their steps: blocks in which what crosses the slow links is followed by what the
     neighbours pass on, and steps on what the neighbours own. A chunk is taken in n parts. Blocks that nobody of a group needs do
@@ -658,7 +669,7 @@ def _double_ring(
     inner, everyone = schedule.inner, range(rings)
 
     def parts(rank: int, owner: int) -> list[list[int]]:
-        return _evenly(range(owner * pieces, (owner + 1) * pieces), n, partial(rows, rank))
+        return _evenly(range(owner * pieces, (owner + 1) * pieces), n, rows(rank))
 
     near = [[part for hop in range(1, inner) for part in parts(r, r // inner * inner + (r - hop) % inner)] for r in everyone]
     far: list[list[list[int]]] = []
@@ -702,10 +713,10 @@ class _World:
         schedule = self.key.schedule
         if schedule.name == "double_ring":
             return _double_ring(schedule, self.rings, self.pieces, self.parts, self.key.returns, self.rows)
-        stages = [_ring(schedule, rank, self.rings, self.pieces, self.rows) for rank in range(self.rings)]
+        stages = [_ring(schedule, rank, self.rings, self.pieces, self.rows(rank)) for rank in range(self.rings)]
         if schedule.rows:
             most = max(len(s) for s in stages)
-            even = (_evenly([p for stage in s for p in stage], most, partial(self.rows, r)) for r, s in enumerate(stages))
+            even = (_evenly([p for stage in s for p in stage], most, self.rows(rank)) for rank, s in enumerate(stages))
             stages = [[stage for stage in s if stage] for s in even]
         return stages, [Way(n - 1, n, False) for n in range(1, 1 + max(len(s) for s in stages))]
 
@@ -728,26 +739,29 @@ class _World:
         assert low is not None
         return low
 
-    def rows(self, rank: int, piece: int) -> int:
-        """How many rows of a piece a ring rank takes, or where that is not known: the whole piece's."""
-        return self._rows[rank // self.together][piece]
+    def rows(self, rank: int) -> IntArray:
+        """By piece: how many of its rows a ring rank takes (in a double ring: any rank of its group), or where that is not known,
+        how many it has."""
+        row: IntArray = self._rows[rank // self.together]
+        return row
 
     @cached_property
-    def _rows(self) -> list[list[int]]:
+    def _rows(self) -> IntArray:
         """By group of receivers and piece."""
         groups, n_pieces = self.rings // self.together, self.rings * self.pieces
         if self.takes is None:
-            cuts = [[n * p // self.pieces for p in range(self.pieces + 1)] for n in self.key.moving()[1].lengths]
-            return [[b - a for cut in cuts for a, b in pairwise(cut)]] * groups
-        table = [[0] * n_pieces for _ in range(groups)]
+            cuts = ([n * p // self.pieces for p in range(self.pieces + 1)] for n in self.key.moving()[1].lengths)
+            whole = np.array([b - a for cut in cuts for a, b in pairwise(cut)], np.int64)
+            return np.broadcast_to(whole, (groups, n_pieces))
+        table = np.zeros((groups, n_pieces), np.int64)
         for at, ranges in self.takes.items():
-            table[at // n_pieces][at % n_pieces] = sum([b - a for a, b in ranges])
+            table[divmod(at, n_pieces)] = sum([b - a for a, b in ranges])
         return table
 
     @cached_property
     def longest_stage(self) -> int:
-        stages = ((rank, stage) for rank, stages in enumerate(self.stages) for stage in stages)
-        return max((sum(self.rows(rank, piece) for piece in stage) for rank, stage in stages), default=0)
+        ranks = ((self.rows(rank).tolist(), stages) for rank, stages in enumerate(self.stages))
+        return max((sum([rows[piece] for piece in stage]) for rows, stages in ranks for stage in stages), default=0)
 
     @cached_property
     def steps(self) -> list[dict[int, int]]:
@@ -759,7 +773,9 @@ class _World:
         """Rows that all ranks receive before they are computed on."""
         # Every rank of a group takes them, but for the owner itself.
         own = self.together * self.pieces
-        return sum(self.together * sum(rows) - sum(rows[g * own : (g + 1) * own]) for g, rows in enumerate(self._rows))
+        return int(self.together * self._rows.sum()) - sum(
+            int(rows[g * own : (g + 1) * own].sum()) for g, rows in enumerate(self._rows)
+        )
 
     @cached_property
     def busiest(self) -> int:
@@ -987,17 +1003,23 @@ class RowBytes(NamedTuple):
 
 
 def row_bytes(plan: Plan, travels: str, head_dim: int, head_dim_v: int, dtype_bytes: int) -> RowBytes:
-    """K and V, and their gradients in float32; or Q, dO, 16 bytes for log-sum-exp and delta, and dQ in float32."""
+    """K and V, and their gradients in float32; or Q, dO, log-sum-exp and delta, and dQ in float32."""
     acc = 8 if dtype_bytes == 8 else 4
     if travels == "kv":
-        heads = sum(share.k1 - share.k0 if share.k_index is None else len(share.k_index) for share in plan.shares)
+        heads = sum(share.kv_heads for share in plan.shares)
         return RowBytes(heads * (head_dim + head_dim_v) * dtype_bytes, heads * (head_dim + head_dim_v) * acc)
     heads = plan.key.heads
-    return RowBytes(heads * ((head_dim + head_dim_v) * dtype_bytes + ROW_TAIL), heads * head_dim * acc)
+    return RowBytes(heads * query_row_bytes(head_dim + head_dim_v, dtype_bytes), heads * head_dim * acc)
 
 
 ROW_TAIL = 16
-"""Bytes beside a row of Q and dO: log-sum-exp and delta, with what keeps rows aligned."""
+"""Bytes behind a row of Q and dO: log-sum-exp and delta, with what keeps rows aligned."""
+
+
+def query_row_bytes(dims: int, dtype_bytes: int) -> int:
+    """Bytes of one row and head of Q, dO, log-sum-exp and delta side by side. dims: elements of Q and dO."""
+    return (-(-dims * dtype_bytes // ROW_TAIL) + 1) * ROW_TAIL
+
 
 UNEVEN = 1.02
 """With what travels, it changes which rank computes what. So much more work for the busiest one is not worth fewer bytes."""

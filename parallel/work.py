@@ -129,4 +129,4 @@ def _rank_areas(key: PlanKey) -> tuple[int, ...]:
     pairs = visible_pairs(key.mask, key.q_layout.seqlen, key.k_layout.seqlen)
     rings = [sum(int(pairs[run.start : run.stop : run.stride].sum()) for run in runs) for runs in layout.ranks]
     shares = head_shares(key.heads, key.kv_heads, ulysses)
-    return tuple(area * (share.q1 - share.q0) for area in rings for share in shares)
+    return tuple(area * share.q_heads for area in rings for share in shares)

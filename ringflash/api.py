@@ -98,8 +98,6 @@ def check(
 def kernel_for(call: Call, plan: Plan) -> Kernel:
     """The kernel for what a rank computes: after the head exchange, with the plan's Slices."""
     share = plan.share
-    q_heads = max(share.q1 - share.q0, 1)
-    kv_heads = max(q_heads if share.k_index is not None else share.k1 - share.k0, 1)
     capability = torch.cuda.get_device_capability(call.device) if call.device.type == "cuda" else None
     problem = Problem(
         device=call.device.type,
@@ -107,8 +105,8 @@ def kernel_for(call: Call, plan: Plan) -> Kernel:
         dtype=call.dtype,
         head_dim=call.q_shape[3],
         head_dim_v=call.v_shape[3],
-        heads=q_heads,
-        kv_heads=kv_heads,
+        heads=max(share.q_heads, 1),
+        kv_heads=max(share.kv_heads, 1),
         softcap=call.softcap > 0,
         deterministic=call.deterministic,
         needs_grad=call.needs_grad,

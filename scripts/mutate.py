@@ -156,8 +156,8 @@ BUGS = (
     Bug(
         "a step for a chunk that nobody needs",
         "parallel/plan.py",
-        "        if n := rows(rank, piece):\n            if not stages",
-        "        n = rows(rank, piece)\n        if True:\n            if not stages",
+        "order = nearest[rows[nearest] > 0]",
+        "order = nearest",
         COMPACT,
     ),
     Bug(
@@ -196,14 +196,14 @@ BUGS = (
     Bug(
         "Ulysses: peers are sent the own heads",
         "parallel/heads.py",
-        "x[:, :, self._span(share, keys)].contiguous()",
+        "x[:, :, share.span(keys)].contiguous()",
         "x[:, :, mine].contiguous()",
     ),
     Bug(
         "Ulysses: a query head reads the wrong key head",
         "parallel/heads.py",
-        "out[:, :, list(index)] if keys and index else out",
-        "out[:, :, sorted(index, reverse=True)] if keys and index else out",
+        "return torch.cat([x[:, :, k : k + 1]",
+        "return torch.cat([x[:, :, len(_served(index)) - k - 1 : len(_served(index)) - k]",
     ),
     Bug("Ulysses: gradients of a shared key head not added", "parallel/heads.py", "+= parts[member]", "= parts[member]"),
     # symmetric memory

@@ -128,7 +128,7 @@ def test_visible_pairs_of_every_query(seed: int) -> None:
 def test_areas_are_those_of_the_plans(schedule: str) -> None:
     some = plans(Mask.causal(window=37), schedule, 4, 128, "zigzag", ulysses=2 if schedule == "hybrid" else 1)
     areas = rank_areas(some[0].key)
-    assert list(areas) == [plan.area * (plan.share.q1 - plan.share.q0) for plan in some]
+    assert list(areas) == [plan.area * plan.share.q_heads for plan in some]
     assert predict(some[1], DEVICE, LINK, **SHAPE).balance == pytest.approx(max(areas) / (sum(areas) / 4))
 
 

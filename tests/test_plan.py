@@ -312,11 +312,10 @@ def test_head_shares_cover_every_head_once(heads: int) -> None:
         for members in range(1, 9):
             shares = head_shares(heads, kv_heads, members)
             assert [h for s in shares for h in range(s.q0, s.q1)] == list(range(heads))
-            assert max(s.q1 - s.q0 for s in shares) - min(s.q1 - s.q0 for s in shares) <= 1
+            assert max(s.q_heads for s in shares) - min(s.q_heads for s in shares) <= 1
             for share in shares:
                 for i, head in enumerate(range(share.q0, share.q1)):
-                    n_keys = share.k1 - share.k0 if share.k_index is None else len(share.k_index)
-                    local = i // ((share.q1 - share.q0) // n_keys)
+                    local = i // (share.q_heads // share.kv_heads)
                     used = share.k0 + (local if share.k_index is None else share.k_index[local])
                     assert used == head // (heads // kv_heads), (share, head)
 

@@ -50,9 +50,7 @@ def gradients_of_moving(rank: int, layout: str) -> None:
     for length in LENGTHS:
         ids = cp.position_ids(length)
         full = torch.randn(2, length, 3, dtype=torch.float64, requires_grad=True)
-        weight = torch.randn(2, length, 3, dtype=torch.float64)[
-            :, ids
-        ]  # the same size on all ranks: draws stay equal
+        weight = torch.randn(2, length, 3, dtype=torch.float64)[:, ids]  # the same size on all ranks: draws stay equal
         (grad,) = torch.autograd.grad((cp.shard(full) * weight).sum(), full)
         expected = torch.zeros_like(full)
         expected[:, ids] = weight

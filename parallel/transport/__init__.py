@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ringflash.parallel import trace
-from ringflash.parallel.plan import ROW_TAIL, Plan, Post, Ranges, Transfer
+from ringflash.parallel.plan import ROW_TAIL, Plan, Post, Ranges, Transfer, query_row_bytes
 
 
 class TransportError(RuntimeError):
@@ -99,9 +99,8 @@ class Cargo:
         self.own = (*self.wide, *self.narrow)
         self.like = self.wide[0]
         self.widths = [x.shape[3] for x in wide]
-        unit = ROW_TAIL // self.like.element_size()
-        self.base = -(-sum(self.widths) // unit) * unit if narrow else sum(self.widths)
-        self.columns = self.base + (unit if narrow else 0)
+        size, dims = self.like.element_size(), sum(self.widths)
+        self.columns = query_row_bytes(dims, size) // size if narrow else dims
 
     def shape(self, rows: int) -> tuple[int, int, int, int]:
         """Of the buffer for so many rows."""
@@ -123,7 +122,7 @@ class Cargo:
         return (*wide, *narrow)
 
     def _tail(self, buffer: Tensor, dtype: torch.dtype) -> Tensor:
-        return buffer[..., self.base :].view(dtype)
+        return buffer[..., self.columns - ROW_TAIL // self.like.element_size() :].view(dtype)
 
 
 class Leg(NamedTuple):
