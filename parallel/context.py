@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -272,7 +273,7 @@ class ContextParallel(Sharding):
             return self._p2p(device), "auto: a double ring passes chunks on"
         try:
             self._meet_on_one_host(device)
-            transport = Symmetric.of(group, timeout_s, device, word, self._meet)
+            transport = Symmetric.of(group, timeout_s, device, word, partial(_meet, self.agreement))
             return transport, "" if named else "auto: every rank can read the others"
         except NotSharedError as error:
             if named:
@@ -289,14 +290,7 @@ class ContextParallel(Sharding):
         if len({fact["host"] for fact in said.values()}) > 1:
             elsewhere = next(rank for rank, fact in said.items() if fact["host"] != said[0]["host"])
             raise NotSharedError(f"rank {elsewhere} is on another host than rank 0")
-        self._meet("" if device.type == "cuda" else f"its tensors are on {device.type}, not on a CUDA device")
-
-    def _meet(self, trouble: str) -> None:
-        """Tells all ranks of this one's trouble ("" for none); raises the same NotSharedError on all if any has some."""
-        said = self.agreement.gather({"trouble": trouble})
-        troubles = [f"rank {rank}: {fact['trouble']}" for rank, fact in said.items() if fact["trouble"]]
-        if troubles:
-            raise NotSharedError("; ".join(troubles))
+        _meet(self.agreement, "" if device.type == "cuda" else f"its tensors are on {device.type}, not on a CUDA device")
 
     def for_mask(self, mask: Mask) -> ContextParallel:
         """A light view of this context for batches with the given mask: what layout="balanced" balances, and the default mask.
@@ -394,6 +388,17 @@ class ContextParallel(Sharding):
         count = total[1].clamp(min=1)
         share = local / count.to(local.dtype)
         return share + ((total[0] / count).to(local.dtype) - share.detach())
+
+
+def _meet(agreement: Agreement, trouble: str) -> None:
+    """Tells all ranks of this one's trouble ("" for none); raises the same NotSharedError on all if any has some.
+
+    No method of the context: the transport keeps it, and a context that its own transport knows would not go with its last user.
+    """
+    said = agreement.gather({"trouble": trouble})
+    troubles = [f"rank {rank}: {fact['trouble']}" for rank, fact in said.items() if fact["trouble"]]
+    if troubles:
+        raise NotSharedError("; ".join(troubles))
 
 
 def take(x: Tensor, layout: Layout, rank: int, dim: int) -> Tensor:

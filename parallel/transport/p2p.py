@@ -6,20 +6,34 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import Store, _get_default_store
 
 from ringflash.parallel.transport import Label, Message, Pending, Transport, TransportError
 from ringflash.parallel.watchdog import reached, watch
 
+FarGroups = dict[str, dist.ProcessGroup]
 
-def far_groups(group: dist.ProcessGroup, device: torch.device) -> dict[str, dist.ProcessGroup]:
+_far: WeakKeyDictionary[Store, dict[tuple[tuple[int, ...], str, torch.device], FarGroups]] = WeakKeyDictionary()
+"""By ranks, backend and device: those made since torch.distributed was initialised, which end with it."""
+
+
+def far_groups(group: dist.ProcessGroup, device: torch.device) -> FarGroups:
     """For chunks and for gradients another group of the same ranks each, with connections of its own. All of them must call it
-    together."""
+    together. Made once for the same ranks: every context has the same use for them, and NCCL holds memory for each."""
     ranks = dist.get_process_group_ranks(group)
     # By name, since the default would be the backends of the default group, whatever this one's are.
     backend = dist.get_backend_config(group)
+    made, key = _far.setdefault(_get_default_store(), {}), (tuple(ranks), backend, device)
+    if key not in made:
+        made[key] = _new_groups(ranks, backend, device)
+    return made[key]
+
+
+def _new_groups(ranks: list[int], backend: str, device: torch.device) -> FarGroups:
     found = {}
     with _unbound() if len(ranks) < dist.get_world_size() else nullcontext():
         for what in ("chunks", "gradients"):

@@ -1,0 +1,72 @@
+"""What contexts share, and that they end with their last user."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from ringflash import ContextParallel
+from ringflash.parallel.transport.p2p import P2P
+from ringflash.parallel.transport.symmetric import Symmetric
+from ringflash.testing import RankPool
+
+Ranks = Callable[[int], RankPool]
+CPU = torch.device("cpu")
+
+
+def far_groups_of_some_contexts(rank: int) -> tuple[bool, bool, list[list[int]], float]:
+    """Whether two contexts of one group share their far groups, and two of different ranks; the ranks of these; what is sent."""
+    halves = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    found = []
+    for group in (halves[rank // 2], None, None, halves[rank // 2]):
+        transport = ContextParallel(group, "zigzag", "double_ring", inner=2, transport="p2p").transport(CPU)
+        assert isinstance(transport, P2P)
+        found.append(transport.far)
+    half, first, second, again = found
+    same = all(a[what] is b[what] for a, b in ((half, again), (first, second)) for what in ("chunks", "gradients"))
+    apart = len({id(group) for far in (half, first) for group in far.values()}) == 4
+    total = torch.ones(1)
+    dist.all_reduce(total, group=again["gradients"])
+    return same, apart, [dist.get_process_group_ranks(far["chunks"]) for far in (half, first)], float(total)
+
+
+def test_contexts_of_the_same_ranks_share_their_far_groups(ranks: Ranks) -> None:
+    for rank, (same, apart, members, total) in enumerate(ranks(4).run(far_groups_of_some_contexts)):
+        assert same and apart
+        assert members == [[0, 1] if rank < 2 else [2, 3], [0, 1, 2, 3]]
+        assert total == 2
+
+
+def outlived(rank: int, name: str) -> bool:
+    """Whether a context lives on after its last user, without the garbage collector's help."""
+    handle = SimpleNamespace(buffer_ptrs=[0, 0])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.distributed._symmetric_memory.empty", lambda *_, **__: torch.zeros(8))
+        patch.setattr("torch.distributed._symmetric_memory.rendezvous", lambda *_: handle)
+        patch.setattr("torch.cuda.synchronize", lambda _: None)
+        patch.setattr("ringflash.parallel.transport.symmetric.Cuda.stream", lambda *_: None)
+        patch.setattr("torch.distributed.all_reduce", lambda *_, **__: None)
+        zeros: Any = torch.zeros
+        patch.setattr("torch.zeros", lambda *shape, device=None, **kwargs: zeros(*shape, **kwargs))
+        cp = ContextParallel(transport=name, timeout_s=60.0)
+        transport = cp.transport(torch.device("cuda" if name == "symmetric" else "cpu"))
+    assert isinstance(transport, Symmetric if name == "symmetric" else P2P)
+    gone = weakref.ref(cp)
+    gc.disable()
+    try:
+        del cp
+        return gone() is not None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("name", ["symmetric", "p2p"])
+def test_a_context_ends_with_its_last_user(ranks: Ranks, name: str) -> None:
+    assert not any(ranks(2).run(outlived, name))
