@@ -32,6 +32,7 @@ import ringflash as rf
 from benchmarks import baselines, plots
 from benchmarks.rows import Percentiles, append, commit, percentiles, rotated
 from benchmarks.works import WORKS, Work, least_rows, pairs
+from ringflash.kernels import Problem, choose
 from ringflash.parallel import trace
 from ringflash.parallel.plan import Plan, row_bytes
 
@@ -93,6 +94,7 @@ class System:
         world, self.outside = dist.get_world_size(), _outside()
         self.name = name
         self.plan: Plan | None = None
+        self.backend = "auto"
         kind, _, backend = name.partition("_")
         mask, tokens = work.mask(), work.seqlen // world
         area = pairs(mask, work.seqlen) / world
@@ -106,14 +108,14 @@ class System:
                 self.attend = lambda q, k, v: rf.attention(q, k, v, mask=mask, backend=backend or "auto")
         elif kind == "ringflash":
             lean = backend == "lean"
-            backend, memory_budget = ("", "lean") if lean else (backend, cfg.memory_budget)
+            self.backend, memory_budget = ("auto", "lean") if lean else (backend or "auto", cfg.memory_budget)
             cp = rf.ContextParallel(
                 None, work.layout, cfg.schedule, transport=cfg.transport, memory_budget=memory_budget
             ).for_mask(mask)
             cp.position_ids(work.seqlen)
             self.plan = cp.plan(dist.get_rank(), mask, work.seqlen, work.seqlen, work.heads, work.kv_heads)
             tokens = cp.layout_of(work.seqlen).lengths[dist.get_rank()]
-            self.attend = lambda q, k, v: rf.attention(q, k, v, mask=mask, cp=cp, backend=backend or "auto")
+            self.attend = lambda q, k, v: rf.attention(q, k, v, mask=mask, cp=cp, backend=self.backend)
         else:
             self.attend = baselines.distributed(name, work.window, work.lengths)
         self.flops = 4 * area * work.heads * cfg.head_dim
@@ -160,9 +162,12 @@ def budget(plan: Plan, head_dim: int, dtype_bytes: int) -> int:
     return 2 * tensors + 2 * max((step.rows for step in plan.steps[1:]), default=0) * kv_row
 
 
-def wire_bytes(plan: Plan, rows: int, head_dim: int, dtype_bytes: int) -> tuple[int, int]:
-    """Bytes that reach this rank in forward + backward by the plan; and what so many key rows take, K and V travelling."""
-    back = plan.backward(head_dim, head_dim, dtype_bytes)
+def wire_bytes(plan: Plan, rows: int, head_dim: int, dtype_bytes: int, takes_delta: bool) -> tuple[int, int]:
+    """Bytes that reach this rank in forward + backward by the plan; and what so many key rows take, K and V travelling.
+
+    takes_delta: of the kernel, as for `Plan.backward`.
+    """
+    back = plan.backward(head_dim, head_dim, dtype_bytes, takes_delta)
     kv = row_bytes(plan, "kv", head_dim, head_dim, dtype_bytes)
     what = row_bytes(plan, back.key.travels, head_dim, head_dim, dtype_bytes)
     return plan.rows_received() * kv.out + back.rows_received() * (what.out + what.home), rows * (2 * kv.out + kv.home)
@@ -237,7 +242,8 @@ def measure(
             row.budget_gib = round(_slowest(budget(system.plan, cfg.head_dim, system.q.element_size()) / GIB), 2)
             row.rows_moved = _everywhere(system.plan.rows_received())
             row.rows_least = least_rows(work.mask(), system.plan.key.k_layout)
-            moved, least = wire_bytes(system.plan, row.rows_least, cfg.head_dim, system.q.element_size())
+            takes_delta = choose(system.backend, Problem.of(system.q, system.k, system.v, needs_grad=True)).extras.delta
+            moved, least = wire_bytes(system.plan, row.rows_least, cfg.head_dim, system.q.element_size(), takes_delta)
             row.gib_moved, row.gib_least = round(_everywhere(moved) / GIB, 4), round(least / GIB, 4)
             if not work.long and not spans:
                 spans, row.forward_exposed_ms, row.backward_exposed_ms = recorded(system, work.name)

@@ -248,15 +248,23 @@ class ContextParallel(Sharding):
         return self.common([[int(n) for n in fact["affordable"].split(",")] for fact in said.values()])
 
     def explain(
-        self, seqlen: int, heads: int, kv_heads: int, mask: Mask | None = None, device: torch.device | str = "cuda", **shape: int
+        self,
+        seqlen: int,
+        heads: int,
+        kv_heads: int,
+        mask: Mask | None = None,
+        device: torch.device | str = "cuda",
+        takes_delta: bool = True,
+        **shape: int,
     ) -> str:
         """What a call would do on this rank, as `Plan.explain` tells it, and by which transport: why that one, if it was chosen.
 
-        shape: batch, head_dim, dtype_bytes, as there.
+        takes_delta and shape (batch, head_dim, dtype_bytes): as there.
         """
         where = torch.device(device)
         known = [d for d in self._transports if d.type == where.type]
-        text = self.plan(self.rank, self.bound(mask), seqlen, seqlen, heads, kv_heads).explain(where.type, **shape)
+        plan = self.plan(self.rank, self.bound(mask), seqlen, seqlen, heads, kv_heads)
+        text = plan.explain(where.type, takes_delta=takes_delta, **shape)
         return f"{text}\ntransport    {self.transport_text(known[0] if known else where)}"
 
     def _make_transport(self, device: torch.device) -> tuple[Transport, str]:

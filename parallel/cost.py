@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from ringflash.mask import Mask
@@ -140,18 +140,18 @@ def predict(
     head_dim: int = 128,
     head_dim_v: int | None = None,
     dtype_bytes: int = 2,
+    takes_delta: bool = True,
 ) -> Forecast:
-    """The forecast of one rank, whose peers are taken to be as fast as itself."""
+    """The forecast of one rank, whose peers are taken to be as fast as itself. The options are those of Shape."""
     plan = make_plan(plan) if isinstance(plan, PlanKey) else plan
-    return predict_all([plan], device, link, Shape(batch, head_dim, head_dim if head_dim_v is None else head_dim_v, dtype_bytes))[
-        0
-    ]
+    shape = Shape(batch, head_dim, head_dim if head_dim_v is None else head_dim_v, dtype_bytes, takes_delta)
+    return predict_all([plan], device, link, shape)[0]
 
 
 def predict_all(plans: Sequence[Plan], device: DeviceTable, link: LinkTable, shape: Shape) -> list[Forecast]:
     """The forecasts of several ranks of one world, simulated together."""
     areas = rank_areas(plans[0].key)
-    backs = [plan.backward(shape.head_dim, shape.head_dim_v, shape.dtype_bytes) for plan in plans]
+    backs = [shape.backward(plan) for plan in plans]
     forward = _Replay(plans, device, link, shape, backward=False).run()
     backward = _Replay(backs, device, link, shape, backward=True).run()
     found = []
@@ -376,7 +376,7 @@ class _Replay:
         if self.backward:
             units = [(shape.head_dim_v * e, False)] if entering else [(shape.head_dim * e, False), (shape.dims * acc, True)]
         else:
-            units = [(shape.head_dim * e, False), (shape.dims * e, True)] if entering else [(shape.head_dim_v * e + acc, False)]
+            units = [(shape.head_dim * e, False), (shape.dims * e, True)] if entering else [(shape.head_dim_v * e, False)]
         me, loads = plan.member, []
         for member in (m for m in range(len(plan.shares)) if m != me):
             moved = [0, 0]  # out of what this rank has for the member, and the reverse
@@ -446,9 +446,15 @@ def _travels_text(plan: Plan, shape: Shape) -> str:
     """What travels in the two passes, and what the backward pass of the whole world would move either way."""
     dims = shape.head_dim, shape.head_dim_v, shape.dtype_bytes
     kv, q = (shape.batch * traffic(plan, travels, *dims).nbytes for travels in ("kv", "q"))
-    chosen = {"kv": "K, V", "q": "Q, dO"}[plan.backward(*dims).key.travels]
-    asked = "" if plan.key.schedule.travels == "auto" else ", as asked for"
-    return f"forward K, V; backward {chosen}{asked} (with K, V all ranks move {size_text(kv)} in it, with Q, dO {size_text(q)})"
+    words = {"kv": "K, V", "q": "Q, dO"}
+    chosen, other = (replace(shape, takes_delta=x).backward(plan).key.travels for x in (shape.takes_delta, not shape.takes_delta))
+    why = "" if plan.key.schedule.travels == "auto" else ", as asked for"
+    if chosen != other:
+        kinds = ("for a kernel that takes delta in place of out", "for one that needs out")
+        this, that = kinds if shape.takes_delta else reversed(kinds)
+        why = f" {this}, {words[other]} {that}"
+    moved = f"with K, V all ranks move {size_text(kv)} in it, with Q, dO {size_text(q)}"
+    return f"forward K, V; backward {words[chosen]}{why} ({moved})"
 
 
 def _fact(name: str, text: str) -> str:

@@ -31,12 +31,19 @@ SCRATCH = "temporaries"
 
 @dataclass(frozen=True)
 class Shape:
-    """What a plan leaves open of a call's tensors. ``dtype_bytes``: of q, k, v; running state is float32 (float64 for 8)."""
+    """What a plan leaves open of a call's tensors and of its kernel. ``dtype_bytes``: of q, k, v; running state is float32
+    (float64 for 8)."""
 
     batch: int = 1
     head_dim: int = 128
     head_dim_v: int = 128
     dtype_bytes: int = 2
+    takes_delta: bool = True
+    """Whether the kernel's backward takes delta in place of out (``kernels.Extras.delta``): only then may queries travel."""
+
+    def backward(self, plan: Plan) -> Plan:
+        """The plan of the backward pass of such tensors."""
+        return plan.backward(self.head_dim, self.head_dim_v, self.dtype_bytes, self.takes_delta)
 
     @property
     def acc_bytes(self) -> int:
@@ -239,8 +246,11 @@ class _ExchangeWalk:
         self.ledger.take(what, kept)
 
 
-def forward_peak(plan: Plan, shape: Shape, sinks: bool = False, leased: bool = False) -> Peak:
-    """The peak of `autograd.forward_loop`, inputs and results included. leased: without what symmetric memory holds for it."""
+def forward_peak(plan: Plan, shape: Shape, sinks: bool = False, lse: bool = False, leased: bool = False) -> Peak:
+    """The peak of `autograd.forward_loop`, inputs and results included.
+
+    lse: whether the caller gets it. leased: without what symmetric memory holds for it.
+    """
     ledger, row = Ledger(), Rows.of(plan, shape)
     e, acc = shape.dtype_bytes * shape.batch, shape.acc_bytes * shape.batch
     heads, kv_heads = plan.key.heads, plan.key.kv_heads
@@ -274,7 +284,7 @@ def forward_peak(plan: Plan, shape: Shape, sinks: bool = False, leased: bool = F
     if len(plan.shares) > 1:
         leaving = [
             (shape.head_dim_v * e, False, heads, shape.batch == 1),
-            (acc, False, heads, plan.share.q_heads == 1 == shape.batch),
+            *([(acc, False, heads, plan.share.q_heads == 1 == shape.batch)] if lse else []),
         ]
         exchange.leave(RESULTS, leaving)
     return ledger.peak()
@@ -285,7 +295,7 @@ def backward_peak(plan: Plan, shape: Shape, dlse: bool = False, leased: bool = F
 
     leased: without what symmetric memory holds for it.
     """
-    plan = plan.backward(shape.head_dim, shape.head_dim_v, shape.dtype_bytes)
+    plan = shape.backward(plan)
     ledger, row = Ledger(), Rows.of(plan, shape)
     e, acc = shape.dtype_bytes * shape.batch, shape.acc_bytes * shape.batch
     heads, kv_heads = plan.key.heads, plan.key.kv_heads
@@ -342,7 +352,7 @@ def symmetric_bytes(plan: Plan, shape: Shape, backward: bool = True) -> int:
     """What the transport "symmetric" holds all the time, outside torch's allocator: two buffers of chunks, two of gradients."""
     if len(plan.steps) == 1:
         return 0
-    e, back = shape.dtype_bytes, plan.backward(shape.head_dim, shape.head_dim_v, shape.dtype_bytes)
+    e, back = shape.dtype_bytes, shape.backward(plan)
     chunks = buffer_bytes(plan, "chunks", (shape.batch, shape.dims), e)
     if not backward:
         return BUFFERS * chunks
@@ -360,7 +370,8 @@ class Demand:
     shape: Shape = Shape()
     backward: bool = True
     sinks: bool = False
-    dlse: bool = False
+    lse: bool = False
+    """Whether the caller gets the log-sum-exp, and may differentiate it."""
     symmetric: bool = False
     """Whether the transport holds memory of its own outside torch's allocator."""
 
@@ -404,12 +415,12 @@ def extra_bytes(plan: Plan, call: Demand, groups: int = 1) -> int:
     part, shape = plan, call.shape
     if groups > 1:
         part = make_plan(replace(plan.key, heads=plan.key.heads // groups, kv_heads=plan.key.kv_heads // groups))
-    forward = forward_peak(part, shape, call.sinks, call.symmetric).total - tensor_bytes(part, shape, False)
+    forward = forward_peak(part, shape, call.sinks, call.lse, call.symmetric).total - tensor_bytes(part, shape, False)
     if groups > 1:  # a group's out and lse
         forward += shape.batch * part.q_len * part.key.heads * (shape.head_dim_v * shape.dtype_bytes + shape.acc_bytes)
     most = forward
     if call.backward:
-        back = backward_peak(part, shape, call.dlse, call.symmetric)
+        back = backward_peak(part, shape, call.lse, call.symmetric)
         most = max(most, back.total - tensor_bytes(part, shape))
         if groups > 1:  # a group's dq, dk, dv
             own = part.key.heads * shape.head_dim * part.q_len + part.key.kv_heads * shape.dims * part.k_len

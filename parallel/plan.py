@@ -318,13 +318,19 @@ class Plan:
         """The group rank of a ring rank: the one with the same heads."""
         return rank * self.key.schedule.ulysses + self.member
 
-    def explain(self, device: str = "cuda", batch: int = 1, head_dim: int = 128, dtype_bytes: int = 2) -> str:
-        """The plan with its predicted times, bytes and memory on "cuda" or "cpu", as text (see cost.py)."""
+    def explain(
+        self, device: str = "cuda", batch: int = 1, head_dim: int = 128, dtype_bytes: int = 2, takes_delta: bool = True
+    ) -> str:
+        """The plan with its predicted times, bytes and memory on "cuda" or "cpu", as text (see cost.py).
+
+        takes_delta: of the kernel, as for ``backward``; the text says so where it matters.
+        """
         from ringflash.parallel.cost import explain, predict
         from ringflash.parallel.tables import measured
 
         tables = measured(device)
-        forecast = predict(self, tables.device, tables.link, batch=batch, head_dim=head_dim, dtype_bytes=dtype_bytes)
+        shape = {"batch": batch, "head_dim": head_dim, "dtype_bytes": dtype_bytes}
+        forecast = predict(self, tables.device, tables.link, takes_delta=takes_delta, **shape)
         return explain(self, forecast, source=tables.source)
 
     def of_peer(self, rank: int) -> Plan:
@@ -334,7 +340,8 @@ class Plan:
     def backward(self, head_dim: int = 128, head_dim_v: int = 128, dtype_bytes: int = 2, takes_delta: bool = True) -> Plan:
         """The plan of the backward pass. What travels in it is what the schedule says, or what moves fewer bytes.
 
-        takes_delta: whether the kernel is content with delta in place of out, which does not travel; else "auto" means "kv".
+        takes_delta: whether the kernel is content with delta in place of out, which does not travel (our own and the CPU's are);
+        else "auto" means "kv".
         """
         return _backward(self, head_dim, head_dim_v, dtype_bytes, takes_delta)
 

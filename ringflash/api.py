@@ -138,10 +138,10 @@ def _facts(call: Call, plan: Plan, kernel: Kernel, transport: str) -> dict[str, 
     }
 
 
-def demand(call: Call, symmetric: bool = False) -> Demand:
+def demand(call: Call, kernel: Kernel, symmetric: bool = False) -> Demand:
     """What a memory budget must know of a call."""
-    shape = Shape(call.q_shape[0], call.q_shape[3], call.v_shape[3], call.dtype.itemsize)
-    return Demand(shape, call.needs_grad, call.sinks, call.with_lse and call.needs_grad, symmetric)
+    shape = Shape(call.q_shape[0], call.q_shape[3], call.v_shape[3], call.dtype.itemsize, kernel.extras.delta)
+    return Demand(shape, call.needs_grad, call.sinks, call.with_lse, symmetric)
 
 
 def _prepare(call: Call, cp: ContextParallel, lengths: tuple[int, int]) -> tuple[Plan, Kernel, int]:
@@ -159,7 +159,7 @@ def _prepare(call: Call, cp: ContextParallel, lengths: tuple[int, int]) -> tuple
                 )
         kernel = kernel_for(call, plan)
         if cp.memory_budget is not None:
-            affordable = cp.affordable(demand(call, cp.may_share_memory(call.device)), *whose)
+            affordable = cp.affordable(demand(call, kernel, cp.may_share_memory(call.device)), *whose)
     except Exception as error:  # whatever it is, the other ranks must not wait for this one
         cp.agreement.refuse(error)
         raise

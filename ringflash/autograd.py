@@ -11,7 +11,7 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -40,7 +40,8 @@ class Job:
     softcap: float
     deterministic: bool
     with_lse: bool = False
-    """Whether the caller gets the log-sum-exp, and may differentiate it."""
+    """Whether the caller gets the log-sum-exp, and may differentiate it. The same on all ranks: only then does it go back to the
+    rows' owners where heads are traded."""
     tracked: bool = True
     """Whether gradients can be asked for."""
     groups: int = 1
@@ -63,6 +64,9 @@ class Saved:
 
 
 N_SAVED = 6
+
+Results = tuple[Tensor, Tensor | None, Saved]
+"""Of a forward loop: out, lse (None where nobody asked for what other ranks hold), and what to save."""
 
 
 def take_turns(ranks: Sequence[Generator[None, None, T]]) -> list[T]:
@@ -124,9 +128,7 @@ def _only_call(plan: Plan) -> Part | None:
     return part if part.q_view == part.k_view == (0, 1) else None
 
 
-def forward_loop(
-    job: Job, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None
-) -> Generator[None, None, tuple[Tensor, Tensor, Saved]]:
+def forward_loop(job: Job, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Generator[None, None, Results]:
     """out (B, Sq, H, Dv) and lse (B, H, Sq) of the local rows, and what to save."""
     plan, kernel = job.plan, job.kernel
     trades = len(plan.shares) > 1
@@ -136,12 +138,12 @@ def forward_loop(
     # Start in the first kernel call and finish in the last, unless calls see only some of the rows (views), or sinks come first:
     # a sink is a running state of its own, output 0 and log-sum-exp of the sink, which some kernels start from by themselves.
     carry: tuple[Tensor, Tensor] | None = None
-    direct, last, settled = _calls(plan, getattr(kernel, "settle_rows", 0))
+    direct, last, settled = _calls(plan, kernel.extras.settle_rows)
     final = q.new_empty((*q.shape[:3], v.shape[3])) if settled else None
     completes = iter(settled)
     own_sinks = None if sinks is None else sinks[plan.share.q0 : plan.share.q1]
     further: dict[str, Any] = {}
-    if own_sinks is not None and direct and getattr(kernel, "takes_sinks", False):
+    if own_sinks is not None and direct and kernel.extras.sinks:
         further["sinks"] = own_sinks
     elif own_sinks is not None or not direct:
         carry = _initial(q, v, accumulate_dtype(q.dtype), own_sinks)
@@ -182,6 +184,9 @@ def forward_loop(
     if not trades:
         return saved.out, lse, saved
     n_heads = plan.key.heads
+    if not job.with_lse:
+        (out,) = yield from heads.leave([(saved.out, False)], [n_heads])
+        return out, None, saved
     out, wide = yield from heads.leave([(saved.out, False), (lse.transpose(1, 2).unsqueeze(-1), False)], [n_heads, n_heads])
     return out, wide.squeeze(-1).transpose(1, 2), saved
 
@@ -209,9 +214,7 @@ def _heads(x: Tensor, group: int, groups: int, dim: int = 2) -> Tensor:
     return x.narrow(dim, group * n, n)
 
 
-def forward_in_groups(
-    job: Job, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None
-) -> Generator[None, None, tuple[Tensor, Tensor, Saved]]:
+def forward_in_groups(job: Job, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Generator[None, None, Results]:
     """`forward_loop` of each group of heads in turn."""
     if job.groups == 1:
         return (yield from forward_loop(job, q, k, v, sinks))
@@ -225,7 +228,7 @@ def forward_in_groups(
         sinks_i = None if sinks is None else _heads(sinks, i, n, 0)
         results = yield from forward_loop(part, _heads(q, i, n), _heads(k, i, n), _heads(v, i, n), sinks_i)
         _heads(out, i, n).copy_(results[0])
-        _heads(lse, i, n, 1).copy_(results[1])
+        _heads(lse, i, n, 1).copy_(results[2].lse)
         del results  # before the next group makes its own
     return out, lse, Saved(q, k, v, out, lse, sinks)
 
@@ -265,8 +268,8 @@ def backward_loop(
     heads = HeadExchange(plan, job.transport)
     dout, delta = yield from _delta(job, heads, saved, dout, dlse)
     dsinks = None if saved.sinks is None else _dsinks(plan, saved, delta)
-    if (only := _only_call(plan)) is not None and isinstance(kernel, OneCallKernel):
-        grads = kernel.gradients(
+    if kernel.extras.one_call and (only := _only_call(plan)) is not None:
+        grads = cast(OneCallKernel, kernel).gradients(
             dout,
             q,
             k,
@@ -280,7 +283,7 @@ def backward_loop(
             deterministic=job.deterministic,
         )
         return *grads, dsinks
-    plan = plan.backward(q.shape[3], v.shape[3], q.element_size(), getattr(kernel, "takes_delta", False))
+    plan = plan.backward(q.shape[3], v.shape[3], q.element_size(), kernel.extras.delta)
     queries, keys = (q, dout, saved.lse, delta), (k, v)
     turned = plan.key.travels == "q"  # keys stay, and queries come to them
     stages = Stages(plan, job.transport, q, dout, narrow=queries[2:]) if turned else Stages(plan, job.transport, k, v)
@@ -362,7 +365,7 @@ def _dsinks(plan: Plan, saved: Saved, delta: Tensor) -> Tensor:
     return dsinks.to(saved.sinks.dtype)
 
 
-def forward_pass(jobs: tuple[Job, ...], *tensors: Tensor | None) -> list[tuple[Tensor, Tensor, Saved]]:
+def forward_pass(jobs: tuple[Job, ...], *tensors: Tensor | None) -> list[Results]:
     """The forward loops of all ranks hosted here. tensors: q, k, v, sinks of each job in turn."""
     loops = [forward_in_groups(job, *inputs) for job, inputs in zip(jobs, _by_job(tensors, 4), strict=True)]  # type: ignore[arg-type]
     with _full_precision():
@@ -373,7 +376,7 @@ class Attention(torch.autograd.Function):
     """Attention of all ranks hosted by this process: one, or every rank of a simulated world."""
 
     @staticmethod
-    def forward(ctx: Any, jobs: tuple[Job, ...], *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, jobs: tuple[Job, ...], *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
         """tensors: q, k, v, sinks of each job in turn. Returns out, lse of each job in turn."""
         results = forward_pass(jobs, *tensors)
         ctx.jobs = jobs

@@ -68,7 +68,8 @@ class SimulatedWorld(Sharding):
         sizes = (mask, q.shape[1], k.shape[1], q.shape[2], k.shape[2])
         choice = 0
         if self.memory_budget is not None:
-            choice = self.common([self.affordable(demand(call), rank, *sizes) for rank in range(self.world)])
+            kernels = [kernel_for(call, self.plan(rank, *sizes)) for rank in range(self.world)]
+            choice = self.common([self.affordable(demand(call, kernel), rank, *sizes) for rank, kernel in enumerate(kernels)])
         way = self.frugalities(k.shape[1], k.shape[2])[choice]
         jobs = []
         for rank in range(self.world):

@@ -24,26 +24,7 @@ import torch.distributed as dist
 import ringflash as rf
 from ringflash import api
 from ringflash.kernels import Kernel
-from ringflash.slices import Slices
-
-
-class Idle:
-    """A kernel that makes its results and computes nothing."""
-
-    name = "idle"
-
-    def refuses(self, problem: object) -> str | None:
-        return None
-
-    def forward(self, q: Any, k: Any, v: Any, slices: Slices, *, carry: Any = None, finish: bool = True, **_: Any) -> Any:
-        if carry is None:
-            B, S, H, _ = q.shape
-            dtype = q.dtype if finish else torch.float32
-            return q.new_empty((B, S, H, v.shape[3]), dtype=dtype), q.new_empty((B, H, S), dtype=torch.float32)
-        return (carry[0].to(q.dtype) if finish else carry[0]), carry[1]
-
-    def backward(self, *args: Any, **kwargs: Any) -> None:
-        return None
+from ringflash.testing import Idle
 
 
 def microseconds(call: Callable[[], Any], cuda: bool, repeats: int = 30, rounds: int = 15) -> float:

@@ -92,10 +92,15 @@ def test_bytes_on_the_wire() -> None:
     world = SimulatedWorld(4, "contiguous", "ring")
     plans = [world.plan(rank, Mask.full(), 4096, 4096, 8, 2) for rank in range(4)]
     rows = works.least_rows(Mask.full(), plans[0].key.k_layout)
-    found = [bench_ring.wire_bytes(plan, rows, 64, 2) for plan in plans]
+    found = [bench_ring.wire_bytes(plan, rows, 64, 2, takes_delta=True) for plan in plans]
     row = 2 * 2 * 64  # K and V of 2 heads, elements
     assert {least for _, least in found} == {rows * row * (2 + 2 + 4)}
     assert sum(moved for moved, _ in found) == rows * row * (2 + 2 + 4)
+    # With as many key heads, queries travel to kernels that take delta: of 8 heads Q, dO and 16 bytes, and dQ in float32.
+    plans = [world.plan(rank, Mask.full(), 4096, 4096, 8, 8) for rank in range(4)]
+    moved = [sum(bench_ring.wire_bytes(plan, rows, 64, 2, takes)[0] for plan in plans) for takes in (True, False)]
+    row = 8 * 64
+    assert moved == [rows * (4 * row + 4 * row + 8 * 16 + 4 * row), rows * 2 * row * (2 + 2 + 4)]
 
 
 def test_the_memory_budget_counts_tensors_and_two_stages() -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ringflash import ContextParallel, Mask, SimulatedWorld, attention
+from ringflash.api import check, demand, kernel_for
 from ringflash.parallel.memory import (
     Demand,
     Frugality,
@@ -20,7 +21,7 @@ from ringflash.parallel.memory import (
     symmetric_bytes,
     tensor_bytes,
 )
-from ringflash.testing import RankPool
+from ringflash.testing import Idle, RankPool
 
 GIB = 2**30
 Ranks = Callable[[int], RankPool]
@@ -101,6 +102,13 @@ def test_results_do_not_depend_on_the_budget(share: float) -> None:
     torch.testing.assert_close(found, expected)
     for a, b in zip(torch.autograd.grad(found, (q, k, v), dout), torch.autograd.grad(expected, (q, k, v), dout), strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_a_budget_is_of_the_kernel_that_computes() -> None:
+    q, k, v = tensors()
+    call = check(q, k, v, Mask.causal(), None, 0.0, None, "auto", False, False)
+    plan = SimulatedWorld(4, "zigzag").plan(0, Mask.causal(), 64, 64, 8, 4)
+    assert demand(call, kernel_for(call, plan)).shape.takes_delta and not demand(call, Idle()).shape.takes_delta
 
 
 def test_what_cannot_be_is_refused_with_the_numbers() -> None:

@@ -210,8 +210,8 @@ def test_a_double_ring_hides_the_slow_link_behind_a_whole_inner_ring() -> None:
 
 def test_the_exchange_of_heads_is_exposed() -> None:
     found = predict(plans(Mask.full(), "ulysses", 2, 64)[0], DEVICE, LINK, **SHAPE)
-    # Of 32 rows one of two query heads, and the one key head that both need; back: one head of out and its float32 log-sum-exp.
-    enter, leave = 32 * (16 + 32) * 2 / 1e9, 32 * (16 * 2 + 4) / 1e9
+    # Of 32 rows one of two query heads, and the one key head that both need; back: one head of out.
+    enter, leave = 32 * (16 + 32) * 2 / 1e9, 32 * 16 * 2 / 1e9
     assert found.forward.enter_s == pytest.approx(enter)
     assert found.forward.leave_s == pytest.approx(leave)
     assert found.forward.total_s == pytest.approx(enter + leave + found.forward.compute_s)
@@ -249,6 +249,20 @@ def test_explain_says_everything_in_forty_lines() -> None:
         "balance    1.000 (work of the busiest rank over the mean; all ranks alike)",
     ):
         assert words in text, words
+
+
+def test_a_forecast_is_of_a_kind_of_kernel_and_says_of_which() -> None:
+    def text(takes_delta: bool, kv_heads: int = 8) -> tuple[str, str]:
+        plan = SimulatedWorld(4, "zigzag", "ring").plan(0, Mask.causal(), 4096, 4096, 8, kv_heads)
+        forecast = predict(plan, tables.H200, tables.NVLINK, takes_delta=takes_delta)
+        return forecast.back.key.travels, " ".join(explain(plan, forecast).split())
+
+    kinds = "for a kernel that takes delta in place of out", "for one that needs out"
+    travels, words = text(True)
+    assert travels == "q" and f"backward Q, dO {kinds[0]}, K, V {kinds[1]} (" in words
+    travels, words = text(False)
+    assert travels == "kv" and f"backward K, V {kinds[1]}, Q, dO {kinds[0]} (" in words
+    assert "backward K, V (" in text(True, kv_heads=1)[1], "the same for both kinds"
 
 
 def test_explain_of_a_plan_with_idle_steps_and_shared_heads() -> None:

@@ -14,22 +14,7 @@ from ringflash import Mask, api, attention
 from ringflash.autograd import Attention, Job
 from ringflash.parallel.transport import Label, Message, Transport
 from ringflash.simulated import SimulatedWorld
-
-
-class Idle:
-    """A kernel that makes its results and computes nothing."""
-
-    name = "idle"
-
-    def refuses(self, problem: object) -> str | None:
-        return None
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, slices: Any, *, carry: Any = None, finish: bool = True, **_: Any) -> Any:
-        if carry is None:
-            B, S, H, _ = q.shape
-            dtype = q.dtype if finish else torch.float32
-            return q.new_empty((B, S, H, v.shape[3]), dtype=dtype), q.new_empty((B, H, S), dtype=torch.float32)
-        return (carry[0].to(q.dtype) if finish else carry[0]), carry[1]
+from ringflash.testing import Idle
 
 
 class Nowhere(Transport):
@@ -91,7 +76,7 @@ def test_a_known_call_costs_a_few_times_what_torch_takes_for_a_function(
 def test_the_loops_of_four_ranks(schedule: str, capsys: pytest.CaptureFixture[str]) -> None:
     """One of four ranks, all transfers free: 60 to 80 us, under 25 times an empty Function."""
     plan = SimulatedWorld(4, "zigzag", schedule).plan(0, Mask.causal(), 256, 256, 4, 2)
-    job = Job(plan, Idle(), Nowhere(), 1.0, 0.0, False)  # type: ignore[arg-type]
+    job = Job(plan, Idle(), Nowhere(), 1.0, 0.0, False)
     q, k, v = tensors()
     ours, least = times_of(lambda: Attention.apply((job,), q, k, v, None), lambda: Least.apply((), q, k, v, None))
     with capsys.disabled():

@@ -18,6 +18,7 @@ from ringflash.parallel.memory import Demand, Peak, Shape, backward_peak, extra_
 from ringflash.parallel.plan import Plan, make_schedule
 from ringflash.parallel.transport import Label, Message, Transport
 from ringflash.simulated import SimulatedWorld
+from ringflash.testing import Idle
 
 SMALL = 1 << 12
 """Index tensors and the like, which the walk leaves out."""
@@ -51,27 +52,6 @@ class Storages(TorchDispatchMode):
             if isinstance(x, Tensor):
                 self._count(x)
         return result
-
-
-class Idle:
-    """A kernel that allocates what the protocol says and computes nothing."""
-
-    name = "idle"
-
-    def refuses(self, problem: object) -> str | None:
-        return None
-
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, slices: object, *, carry: Any = None, finish: bool = True, **_: Any
-    ) -> Any:
-        if carry is None:
-            dtype = q.dtype if finish else torch.float32
-            out = torch.empty(*q.shape[:3], v.shape[3], dtype=dtype)
-            return out, torch.empty(q.shape[0], q.shape[2], q.shape[1])
-        return (carry[0].to(q.dtype) if finish else carry[0]), carry[1]
-
-    def backward(self, *args: object, **kwargs: object) -> None:
-        return None
 
 
 class Nowhere(Transport):
@@ -186,7 +166,7 @@ def test_the_walk_counts_what_the_loops_allocate(case: Case, leased: bool) -> No
     for rank in range(case.world):
         plan = case.plan(rank)
         transport = Leasing() if leased else Nowhere()
-        job = Job(plan, Idle(), transport, 1.0, 0.0, False)  # type: ignore[arg-type]
+        job = Job(plan, Idle(), transport, 1.0, 0.0, False, with_lse=case.dlse)
         own_q, own_k = plan.q_lengths[plan.member], plan.k_lengths[plan.member]
         q = torch.zeros(case.batch, own_q, case.heads, case.head_dim, dtype=case.dtype)
         k = torch.zeros(case.batch, own_k, case.kv_heads, case.head_dim, dtype=case.dtype)
@@ -194,7 +174,7 @@ def test_the_walk_counts_what_the_loops_allocate(case: Case, leased: bool) -> No
         sinks = torch.zeros(case.heads) if case.sinks else None
         with Storages(transport, q, k, v) as counted:
             _, _, saved = run_out(forward_in_groups(job, q, k, v, sinks))
-        agree(forward_peak(plan, case.shape, case.sinks, leased), counted.most)
+        agree(forward_peak(plan, case.shape, case.sinks, case.dlse, leased), counted.most)
         dout = torch.zeros(case.batch, own_q, case.heads, case.head_dim_v, dtype=case.dtype)
         dlse = torch.zeros(case.batch, case.heads, own_q) if case.dlse else None
         with Storages(transport, *saved.tensors()[:5], dout, dlse) as counted:
@@ -213,7 +193,7 @@ def test_heads_in_groups_take_what_the_formula_says(schedule: str, groups: int) 
     found, told = [], []
     for rank in range(case.world):
         plan = case.plan(rank)
-        job = Job(plan, Idle(), Nowhere(), 1.0, 0.0, False, groups=groups)  # type: ignore[arg-type]
+        job = Job(plan, Idle(), Nowhere(), 1.0, 0.0, False, groups=groups)
         q, k, v = (torch.zeros(1, plan.q_len, heads, d, dtype=case.dtype) for heads, d in ((8, 16), (4, 16), (4, 24)))
         with Storages(job.transport, q, k, v) as forward:
             _, _, saved = run_out(forward_in_groups(job, q, k, v, None))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ class Poisoned(Reference):
     """The reference, which spoils the running output wherever the contract leaves it unspecified, and counts settled rows."""
 
     def __init__(self, settle_rows: int) -> None:
-        self.settle_rows = settle_rows
+        self.extras = replace(Reference.extras, settle_rows=settle_rows)
         self.settled = 0
 
     def forward(self, *args: Any, settle: Settle | None = None, **kwargs: Any) -> kernels.State:
@@ -64,7 +65,7 @@ def test_kernels_settle_rows(kernel: Any, dtype: torch.dtype) -> None:
     calls = [Slices.from_rows([(a, b, n * 13, n * 13 + 13, -100, 100)]) for n, (a, b) in enumerate(cuts.tolist())]
     final = torch.full_like(q, torch.nan)
     carry = None
-    for slices, rows in zip(calls, settled_rows(calls, 40, kernel.settle_rows), strict=True):
+    for slices, rows in zip(calls, settled_rows(calls, 40, kernel.extras.settle_rows), strict=True):
         before = None if carry is None else (carry[0].clone(), carry[1].clone())
         carry = kernel.forward(q, k, v, slices, scale=0.3, carry=carry, finish=False, settle=Settle(final, rows))
         if before is not None:

@@ -23,9 +23,10 @@ from torch import Tensor
 
 from ringflash import ContextParallel, Mask
 from ringflash.autograd import Job, backward_loop, forward_loop, take_turns
+from ringflash.kernels import Extras
 from ringflash.parallel.plan import Plan, Post, Schedule, row_bytes
 from ringflash.slices import Slices
-from ringflash.testing import Case, RankPool, objections_on_ranks
+from ringflash.testing import Case, Idle, RankPool, objections_on_ranks
 
 WORLD, NODE = 4, 2
 RATE = 160_000_000
@@ -128,23 +129,20 @@ def slowest(begin: float) -> float:
     return seconds.item()
 
 
-class Sleeper:
+class Sleeper(Idle):
     """A kernel that takes its time and leaves the cores to others."""
 
     name = "sleeper"
-    takes_delta = True
+    extras = Extras(delta=True)
 
     def __init__(self, pair_s: float) -> None:
         self.pair_s = pair_s
 
-    def refuses(self, problem: object) -> str | None:
-        return None
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, slices: Slices, *, carry: Any = None, **_: Any) -> Any:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, slices: Any, **options: Any) -> Any:
         time.sleep(self.pair_s * slices.area())
-        return carry or (torch.zeros(*q.shape[:3], v.shape[3]), torch.zeros(q.shape[0], q.shape[2], q.shape[1]))
+        return super().forward(q, k, v, slices, **options)
 
-    def backward(self, *tensors: Tensor | Slices | None, **_: Any) -> None:
+    def backward(self, *tensors: object, **_: object) -> None:
         slices = tensors[7]
         assert isinstance(slices, Slices)
         time.sleep(self.pair_s * slices.area())
@@ -161,7 +159,7 @@ class Pass:
 def passes(rank: int, schedule: Schedule, backward: bool, compute_s: float, repeats: int) -> Pass:
     cp = ContextParallel(GROUP, "contiguous", schedule, transport="p2p")
     plan = cp.plan(rank, Mask.full(), WORLD * ROWS, WORLD * ROWS, HEADS, HEADS)
-    job = Job(plan, Sleeper(compute_s / plan.area), cp.transport(torch.device("cpu")), 1.0, 0.0, False)  # type: ignore[arg-type]
+    job = Job(plan, Sleeper(compute_s / plan.area), cp.transport(torch.device("cpu")), 1.0, 0.0, False)
     q, k, v = (torch.zeros(1, ROWS, HEADS, HEAD_DIM) for _ in range(3))
     _, _, saved = take_turns([forward_loop(job, q, k, v, None)])[0]
     best = float("inf")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 from dataclasses import dataclass
 from functools import cache
-from typing import NamedTuple, Protocol, cast, runtime_checkable
+from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -28,13 +28,30 @@ class Settle(NamedTuple):
     """Rows that a forward call (with finish=False) completes, though others go on.
 
     They are written to ``out`` (B, Sq, H, Dv), in q's dtype, and their lse to the running one; the running output's rows are
-    then unspecified. rows: sorted ranges, cut at multiples of the backend's ``settle_rows`` or at Sq. With a carry, a row that
-    is neither among them nor in a Slice stays as it is. So the float32 state of rows that one call completes never meets
+    then unspecified. rows: sorted ranges, cut at multiples of the backend's ``extras.settle_rows`` or at Sq. With a carry, a row
+    that is neither among them nor in a Slice stays as it is. So the float32 state of rows that one call completes never meets
     memory, and no later call looks at them.
     """
 
     out: Tensor
     rows: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Extras:
+    """What a backend can beyond what all must. Whoever calls a kernel asks here, and nowhere else.
+
+    delta        backward reads delta and never ``out``, which then need not travel with queries.
+    sinks        forward has a keyword ``sinks: Tensor | None = None`` (H,), to start from instead of a carry of output 0 and lse
+                 sinks.
+    settle_rows  if not 0, forward has a keyword ``settle: Settle | None = None``.
+    one_call     the backend is a OneCallKernel.
+    """
+
+    delta: bool = False
+    sinks: bool = False
+    settle_rows: int = 0
+    one_call: bool = False
 
 
 @dataclass(frozen=True)
@@ -102,13 +119,10 @@ class Kernel(Protocol):
     lse, delta (B, H, Sq). The *accumulate dtype* is float64 for float64 inputs, else float32; running state, lse, delta and
     gradients are kept in it. Query head h reads key head ``h // (H // Hkv)``. Scores are ``scale * q.k``, or with a softcap
     ``softcap * tanh(scale * q.k / softcap)``. No Slices, Sq = 0, Sk = 0 and H = 0 are all fine.
-
-    A backend whose backward reads delta, so that ``out`` is never needed, says so with ``takes_delta = True``. One
-    with a number ``settle_rows`` has a further keyword in ``forward``, ``settle: Settle | None = None``; one with
-    ``takes_sinks = True`` has ``sinks: Tensor | None = None`` (H,), to start from instead of a carry of output 0 and lse sinks.
     """
 
     name: str
+    extras: Extras
 
     def refuses(self, problem: Problem) -> str | None:
         """Why this backend cannot do it here, in words for the user; None if it can."""
@@ -161,7 +175,6 @@ class Kernel(Protocol):
         ...
 
 
-@runtime_checkable
 class OneCallKernel(Kernel, Protocol):
     """A backend with a shorter way for a backward pass that is one call: nothing to add to, so dk and dv can be written."""
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ringflash.kernels import Problem, Settle, State, reference
+from ringflash.kernels import Extras, Problem, Settle, State, reference
 from ringflash.kernels.decompose import (
     by_bounds,
     core,
@@ -144,8 +144,7 @@ class Cpu:
     """torch's flash operator for the CPU."""
 
     name = "cpu"
-    takes_delta = True
-    settle_rows = 1
+    extras = Extras(delta=True, settle_rows=1)
 
     def refuses(self, problem: Problem) -> str | None:
         if problem.device != "cpu":

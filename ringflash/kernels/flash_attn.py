@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ringflash.kernels import Problem, State
+from ringflash.kernels import Extras, Problem, State
 from ringflash.kernels.decompose import UNLIMITED, Pack
 from ringflash.kernels.windowed import (
     MAX_HEAD_DIM,
@@ -288,6 +288,7 @@ class FlashAttn(WindowedKernel):
     """flash-attn 2, 3 or 4, as installed."""
 
     name = "flash_attn"
+    extras = Extras()
 
     def refuses(self, problem: Problem) -> str | None:
         if problem.device != "cuda" or problem.capability is None:

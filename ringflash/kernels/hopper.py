@@ -7,13 +7,13 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ringflash import ops
-from ringflash.kernels import hopper_backward, tiles
+from ringflash.kernels import Extras, hopper_backward, tiles
 from ringflash.slices import Slices
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ NONE, ALL, SETTLED = 0, 1, 2
 """``RfFinish`` of the same: which rows a launch writes in their final dtype."""
 SETTLE_ROWS = 384
 """The least common multiple of the tiles' rows: a tile's rows settle together."""
+EXTRAS = Extras(delta=True, sinks=True, settle_rows=SETTLE_ROWS, one_call=True)
 
 DTYPES = (torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
@@ -206,9 +207,7 @@ class HopperKernel:
 
     name: str = "hopper"
     sm_margin: int = 0
-    settle_rows: ClassVar[int] = SETTLE_ROWS
-    takes_delta: ClassVar[bool] = True
-    takes_sinks: ClassVar[bool] = True
+    extras: Extras = EXTRAS
 
     def refuses(self, problem: Problem) -> str | None:
         """Why these kernels cannot do it here; None if they can."""

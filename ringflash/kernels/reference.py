@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ringflash.kernels import Problem, Settle, State
+from ringflash.kernels import Extras, Problem, Settle, State
 from ringflash.kernels.running import Running, accumulate_dtype
 from ringflash.slices import Slice, Slices
 
@@ -191,9 +191,7 @@ class Reference:
     """Any problem, slowly."""
 
     name = "reference"
-    takes_delta = True
-    takes_sinks = True
-    settle_rows = 1
+    extras = Extras(delta=True, sinks=True, settle_rows=1)
 
     def refuses(self, problem: Problem) -> str | None:
         if not problem.dtype.is_floating_point:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ringflash.kernels import Problem, State
+from ringflash.kernels import Extras, Problem, State
 from ringflash.kernels.decompose import (
     UNLIMITED,
     Pack,
@@ -236,6 +236,7 @@ class Sdpa(WindowedKernel):
     """torch's FlashAttention-2 and cuDNN kernels."""
 
     name = "sdpa"
+    extras = Extras()
 
     def library_for(self, q: Tensor) -> Library:
         return LIBRARY

@@ -1,6 +1,7 @@
 """What tests, ``ringflash check`` and benchmarks share: cases, inputs, the float64 oracle, derived tolerances, real ranks."""
 
 from ringflash.testing.cases import Case, draw, read_mask
+from ringflash.testing.idle import Idle
 from ringflash.testing.inputs import make_inputs
 from ringflash.testing.oracle import Inputs, Results, dense_attention, dense_results, visibility
 from ringflash.testing.rank_pool import Outcome, RankError, RankPool
@@ -10,6 +11,7 @@ from ringflash.testing.tolerance import FLOAT64_TOLERANCE, Judge, relative_error
 __all__ = [
     "FLOAT64_TOLERANCE",
     "Case",
+    "Idle",
     "Inputs",
     "Judge",
     "Outcome",
