@@ -195,7 +195,7 @@ class RankPool:
             f"no answer {grace_s:g} s after another rank failed" if failed else f"no answer within {timeout_s:g} s (a deadlock?)"
         )
         for rank in pending:
-            outcomes[rank] = Outcome(rank, error=f"no answer {why}", answered=False)
+            outcomes[rank] = Outcome(rank, error=why, answered=False)
         return [outcomes[rank] for rank in range(self.world)]
 
     def _receive(self, rank: int, connection: Connection) -> Outcome:
