@@ -289,9 +289,8 @@ def recorded(system: System, work: str) -> tuple[list[dict[str, Any]], float | N
     if not spans:
         return [], None, None
     begin = min((s.start for s in spans if s.what == trace.BACKWARD), default=float("inf"))
-    waits = [s for s in spans if (s.lane, s.what) == (trace.COMPUTE, trace.WAIT)]
-    forward = _slowest(sum(s.ms for s in waits if s.start < begin))
-    backward = _slowest(sum(s.ms for s in waits if s.start >= begin))
+    forward = _slowest(trace.total([s for s in spans if s.start < begin], trace.WAIT))
+    backward = _slowest(trace.total([s for s in spans if s.start >= begin], trace.WAIT))
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, spans)
     rows = [{"work": work, "rank": rank, **s._asdict()} for rank, found in enumerate(gathered) for s in found]

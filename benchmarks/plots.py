@@ -176,18 +176,18 @@ def ring_table(path: Path, out: Path) -> None:
     spare = iter(COLOURS[7:] + COLOURS)
     systems = dict.fromkeys((*RING_COLOURS, *(system for _, system in latest)))
     colours = {s: RING_COLOURS.get(s) or next(spare) for s in systems if any(s == system for _, system in latest)}
-    last = str(row["commit"])
+    last = row["commit"]
     plt = _pyplot()
     figure, axes = plt.subplots(2, 1, figsize=(max(9.0, 1.7 * len(works)), 8), sharex=True, layout="constrained")
     for axis, key, title in zip(axes, ("forward", "both"), ("forward", "forward + backward"), strict=True):
         groups = [{s: latest[work, s][f"{key}_tflops"] for s in colours if (work, s) in latest} for work in works]
-        old = [{s for s in colours if (work, s) in latest and str(latest[work, s]["commit"]) != last} for work in works]
+        old = [{s for s in colours if (work, s) in latest and latest[work, s]["commit"] != last} for work in works]
         _bars(axis, groups, [w.replace("_", "\n") for w in works], colours, numbers=True, pale=old)
         axis.set_ylabel("TFLOP/s per GPU", color=SOFT)
         axis.set_title(title, loc="left", color=INK)
     some = next(iter(latest.values()))
     title = f"Attention over {some['world']} x {some['gpu']}, head dim {some['head_dim']}, {some['dtype']}"
-    if any(str(r["commit"]) != last for r in latest.values()):
+    if any(r["commit"] != last for r in latest.values()):
         title += "; pale: a run of an earlier commit"
     figure.suptitle(title, x=0.01, ha="left")
     handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in colours.values()]

@@ -21,10 +21,19 @@ def percentiles(values: Sequence[float]) -> Percentiles:
     return round(cuts[1], 4), round(statistics.median(values), 4), round(cuts[7], 4)
 
 
-def commit(given: str | int | None = None) -> str:
-    """The commit that rows name: the given one (of a copy without git), else git's, else "unknown"."""
+def commit(given: str | float | None = None) -> str:
+    """The commit that rows name: the given one (of a copy without git), else git's, else "unknown".
+
+    A number is what Hydra made of commit=6772738 or commit=12e4567 (infinity): then it is read again from Hydra's own record of
+    what was typed.
+    """
+    if isinstance(given, str):
+        return given
     if given is not None:
-        return str(given)  # digits alone come as a number
+        from hydra.core.hydra_config import HydraConfig
+
+        typed = (word.lstrip("+").split("=", 1) for word in HydraConfig.get().overrides.task)
+        return str(next(value for name, value in typed if name == "commit"))
     try:
         done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
     except FileNotFoundError:
@@ -40,7 +49,9 @@ def append(path: Path, rows: Iterable[Any]) -> None:
 
 
 def load(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    """A file's rows. Some of an earlier day have a commit of digits alone as a number."""
+    found = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    return [row | {"commit": str(row["commit"])} if "commit" in row else row for row in found]
 
 
 def rotated(items: Sequence[T], first: int) -> list[T]:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,12 +23,20 @@ from ringflash.testing.rank_pool import RankPool
 hydra = pytest.importorskip("hydra")
 pytest.importorskip("matplotlib")
 
+from hydra.core.hydra_config import HydraConfig  # noqa: E402
+
 from benchmarks import baselines, bench_kernel, bench_ring, plots, rows, works  # noqa: E402
 from benchmarks.bench_kernel import SUITES, Case, Group, Run  # noqa: E402
 from benchmarks.works import WORKS, Work  # noqa: E402
 
 PNG = b"\x89PNG"
 WHERE = ("a GPU", "2.11", "abc1234")
+
+
+def compose(name: str, *overrides: str) -> Any:
+    """A benchmark's options with what was typed."""
+    with hydra.initialize_config_dir(str(Path(rows.__file__).parent / "conf"), version_base="1.3"):
+        return hydra.compose(name, list(overrides), return_hydra_config=True)
 
 
 def test_percentiles_and_summary() -> None:
@@ -45,6 +54,19 @@ def test_turns_begin_with_another_one_every_round() -> None:
 def test_the_commit_given_goes_first() -> None:
     assert rows.commit("abc1234") == "abc1234"
     assert rows.commit() != ""
+
+
+@pytest.mark.parametrize("typed", ["6772738", "12e4567", "1234567", "abc1234", "0123456", "'6772738'", "00e0123", "1e-7abc"])
+def test_a_commit_is_what_was_typed(typed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hydra takes some hashes for numbers; of 12e4567 it makes infinity."""
+    cfg = compose("bench_ring", "rounds=2", f"commit={typed}")
+    monkeypatch.setattr(HydraConfig.instance(), "cfg", cfg)
+    assert rows.commit(cfg.commit) == typed.strip("'")
+
+
+def test_rows_of_files_have_commits_as_text(tmp_path: Path) -> None:
+    (tmp_path / "rows").write_text('{"commit": 6772738, "x": 1}\n{"commit": "abc1234"}\n{"x": 2}\n')
+    assert rows.load(tmp_path / "rows") == [{"commit": "6772738", "x": 1}, {"commit": "abc1234"}, {"x": 2}]
 
 
 @pytest.mark.parametrize(("mean", "total"), [(2048, 65536), (4096, 262144), (4096, 131072), (128, 16384)])
@@ -200,8 +222,7 @@ def test_ring_ratios_and_summary() -> None:
 @pytest.mark.parametrize("module", [bench_kernel, bench_ring], ids=lambda m: m.__name__)
 def test_options_compose(module: ModuleType) -> None:
     name = module.__name__.rpartition(".")[2]
-    with hydra.initialize_config_dir(str(Path(module.__file__ or "").parent / "conf"), version_base="1.3"):
-        cfg = hydra.compose(name, overrides=["commit=abc1234", "rounds=2"])
+    cfg = compose(name, "commit=abc1234", "rounds=2")
     assert cfg.commit == "abc1234" and cfg.rounds == 2
     if name == "bench_kernel":
         assert set(cfg.suites) == {*SUITES, *bench_kernel.OWN_SUITES} and set(cfg.systems) <= set(bench_kernel.SYSTEMS)
