@@ -84,6 +84,19 @@ class Transport(ABC):
         """
 
 
+def copy_rows(target: Tensor, source: Tensor) -> None:
+    """``target.copy_(source)``, by words of 8 bytes where both can be read so: torch's kernel for strided rows moves one element
+    at a time, whatever its size."""
+    if all(8 % x.element_size() == 0 and _in_words(x, 8 // x.element_size()) for x in (target, source)):
+        target, source = target.view(torch.int64), source.view(torch.int64)
+    target.copy_(source)
+
+
+def _in_words(x: Tensor, elements: int) -> bool:
+    sizes = (x.shape[-1], x.storage_offset(), *x.stride()[:-1])
+    return x.stride(-1) == 1 and x.data_ptr() % 8 == 0 and all(n % elements == 0 for n in sizes)
+
+
 class Cargo:
     """Tensors that travel side by side as one buffer, sequence first: (rows, B, heads, columns).
 
@@ -108,8 +121,13 @@ class Cargo:
 
     def pack(self, buffer: Tensor) -> None:
         """Fills the buffer of the own rows."""
-        columns = buffer[..., : sum(self.widths)] if self.narrow else buffer
-        torch.cat([x.transpose(0, 1) for x in self.wide], dim=-1, out=columns)
+        if (
+            self.narrow
+        ):  # cat is slow into a part of a row: 0.55 ms instead of 0.21 for Q and dO of 16k tokens and 32 heads on an H200
+            for x, target in zip(self.wide, buffer[..., : sum(self.widths)].split(self.widths, dim=-1), strict=True):
+                copy_rows(target, x.transpose(0, 1))
+        else:
+            torch.cat([x.transpose(0, 1) for x in self.wide], dim=-1, out=buffer)
         for i, x in enumerate(self.narrow):
             self._tail(buffer, x.dtype)[..., i] = x.permute(2, 0, 1)
 
