@@ -14,6 +14,7 @@ from typing import NamedTuple
 from ringflash.parallel.plan import Plan, make_plan, query_row_bytes
 from ringflash.parallel.transport import itinerary
 from ringflash.parallel.transport.symmetric import BUFFERS, buffer_bytes
+from ringflash.parallel.work import calls_of
 
 INPUTS = "q, k, v"
 RESULTS = "out, lse"
@@ -40,6 +41,9 @@ class Shape:
     dtype_bytes: int = 2
     takes_delta: bool = True
     """Whether the kernel's backward takes delta in place of out (``kernels.Extras.delta``): only then may queries travel."""
+    settle_rows: int = 384
+    """``kernels.Extras.settle_rows``: the results of rows that one call completes stand beside the others' running state. This
+    and the one above are by default those of our own kernels."""
 
     def backward(self, plan: Plan) -> Plan:
         """The plan of the backward pass of such tensors."""
@@ -259,19 +263,20 @@ def forward_peak(plan: Plan, shape: Shape, sinks: bool = False, lse: bool = Fals
     exchange = _ExchangeWalk(plan, ledger, shape.batch)
     if len(plan.shares) > 1:
         exchange.enter(EXCHANGED, [(shape.head_dim * e, False), (shape.head_dim * e, True), (shape.head_dim_v * e, True)])
-    calls = [part for step in plan.steps for part in step.parts]
-    direct = bool(calls) and all(part.q_view == (0, 1) for part in calls)
+    direct, last_call, settled = calls_of(plan, shape.settle_rows)
     rounded = shape.acc_bytes != shape.dtype_bytes
     state = sinks or not direct
     if state:
         ledger.take(STATE, plan.q_len * row.out_acc)
         ledger.take(RESULTS, plan.q_len * row.lse)
+    if settled:
+        ledger.take(RESULTS, plan.q_len * row.out)
     stages = _StagesWalk(plan, ledger, row.moved, leased=leased)
     for n, step in enumerate(plan.steps):
         stages.arrive(n)
         stages.post(n)
         for part in step.parts if direct else ():
-            last = part is calls[-1]
+            last = part is last_call and not settled
             if not state:
                 ledger.take(RESULTS, plan.q_len * row.lse)
                 ledger.take(RESULTS if last else STATE, plan.q_len * (row.out if last else row.out_acc))

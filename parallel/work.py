@@ -1,4 +1,4 @@
-"""What there is to compute, counted: tiles of a step's kernel calls, and the visible pairs of every rank."""
+"""What there is to compute: how a pass's kernel calls follow each other, their tiles, and the visible pairs of every rank."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import NamedTuple
 import numpy as np
 
 from ringflash.mask import Mask
-from ringflash.parallel.plan import Part, PlanKey, head_shares
-from ringflash.slices import IntArray, Slices
+from ringflash.parallel.plan import Part, Plan, PlanKey, Ranges, head_shares
+from ringflash.slices import IntArray, Slices, settled_rows
 
 
 class Work(NamedTuple):
@@ -78,6 +78,29 @@ def _cells(row: IntArray, begin: IntArray, end: IntArray, full: IntArray, full_b
     i = np.repeat(np.arange(len(row)), count)
     n = np.arange(len(i)) - np.repeat(np.cumsum(count) - count, count)
     return np.stack([row[i], begin[i] + n + np.where(n < before[i], 0, full[i])], axis=1)
+
+
+class Calls(NamedTuple):
+    """How the kernel calls of a forward pass hand the running state on.
+
+    direct: the first one starts it and ``last`` finishes it. settled: by call, the rows that it completes, if others than the
+    last one complete any.
+    """
+
+    direct: bool
+    last: Part | None
+    settled: tuple[Ranges, ...]
+
+
+@lru_cache(maxsize=1024)
+def calls_of(plan: Plan, settle_rows: int) -> Calls:
+    """Not direct are calls that see only some of the rows (views). settle_rows: of the kernel; 0 if it settles none."""
+    work = [part for step in plan.steps for part in step.parts]
+    direct = bool(work) and all(part.q_view == (0, 1) for part in work)
+    settled: tuple[Ranges, ...] = ()
+    if direct and settle_rows and len(work) > 1:
+        settled = settled_rows([part.slices for part in work], plan.q_len, settle_rows)
+    return Calls(direct, work[-1] if work else None, settled if any(settled[:-1]) else ())
 
 
 def visible_pairs(mask: Mask, q_len: int, k_len: int) -> IntArray:

@@ -11,7 +11,7 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -22,9 +22,9 @@ from ringflash.kernels.hopper_backward import delta as rowsum_delta
 from ringflash.kernels.running import accumulate_dtype
 from ringflash.parallel import trace
 from ringflash.parallel.heads import HeadExchange
-from ringflash.parallel.plan import Part, Plan, Ranges, View, make_plan
+from ringflash.parallel.plan import Part, Plan, View, make_plan
 from ringflash.parallel.transport import Homecoming, Stages, Transport
-from ringflash.slices import settled_rows
+from ringflash.parallel.work import calls_of
 
 T = TypeVar("T")
 
@@ -97,29 +97,6 @@ def _rows(x: Tensor, view: View, dim: int = 1) -> Tensor:
     return x[tuple(index)]
 
 
-class _Calls(NamedTuple):
-    """How a plan's kernel calls pass the running state on.
-
-    direct: the first one starts it and ``last`` finishes it. settled: by call, the rows that it completes, if others than the
-    last one complete any.
-    """
-
-    direct: bool
-    last: Part | None
-    settled: tuple[Ranges, ...]
-
-
-@lru_cache(maxsize=1024)
-def _calls(plan: Plan, settle_rows: int) -> _Calls:
-    """Not direct are calls that see only some of the rows (views). settle_rows: of the kernel; 0 if it settles none."""
-    work = [part for step in plan.steps for part in step.parts]
-    direct = bool(work) and all(part.q_view == (0, 1) for part in work)
-    settled: tuple[Ranges, ...] = ()
-    if direct and settle_rows and len(work) > 1:
-        settled = settled_rows([part.slices for part in work], plan.q_len, settle_rows)
-    return _Calls(direct, work[-1] if work else None, settled if any(settled[:-1]) else ())
-
-
 def _only_call(plan: Plan) -> Part | None:
     """The part of a plan whose work is one kernel call on whole local tensors; None for any other plan."""
     if len(plan.steps) > 1 or len(plan.steps[0].parts) != 1 or plan.rings > 1 or plan.key.schedule.ulysses > 1:
@@ -138,7 +115,7 @@ def forward_loop(job: Job, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None
     # Start in the first kernel call and finish in the last, unless calls see only some of the rows (views), or sinks come first:
     # a sink is a running state of its own, output 0 and log-sum-exp of the sink, which some kernels start from by themselves.
     carry: tuple[Tensor, Tensor] | None = None
-    direct, last, settled = _calls(plan, kernel.extras.settle_rows)
+    direct, last, settled = calls_of(plan, kernel.extras.settle_rows)
     final = q.new_empty((*q.shape[:3], v.shape[3])) if settled else None
     completes = iter(settled)
     own_sinks = None if sinks is None else sinks[plan.share.q0 : plan.share.q1]

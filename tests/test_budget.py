@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ringflash import ContextParallel, Mask, SimulatedWorld, attention
 from ringflash.api import check, demand, kernel_for
+from ringflash.kernels import hopper
 from ringflash.parallel.memory import (
     Demand,
     Frugality,
@@ -108,7 +109,10 @@ def test_a_budget_is_of_the_kernel_that_computes() -> None:
     q, k, v = tensors()
     call = check(q, k, v, Mask.causal(), None, 0.0, None, "auto", False, False)
     plan = SimulatedWorld(4, "zigzag").plan(0, Mask.causal(), 64, 64, 8, 4)
-    assert demand(call, kernel_for(call, plan)).shape.takes_delta and not demand(call, Idle()).shape.takes_delta
+    for kernel in (Idle(), kernel_for(call, plan)):
+        shape = demand(call, kernel).shape
+        assert (shape.takes_delta, shape.settle_rows) == (kernel.extras.delta, kernel.extras.settle_rows)
+    assert (Shape().takes_delta, Shape().settle_rows) == (hopper.EXTRAS.delta, hopper.EXTRAS.settle_rows)
 
 
 def test_what_cannot_be_is_refused_with_the_numbers() -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from ringflash.autograd import Job, backward_in_groups, forward_in_groups
+from ringflash.kernels import Extras
 from ringflash.mask import Mask
 from ringflash.parallel.memory import Demand, Peak, Shape, backward_peak, extra_bytes, forward_peak, tensor_bytes
 from ringflash.parallel.plan import Plan, make_schedule
@@ -115,7 +116,7 @@ class Case:
 
     @property
     def shape(self) -> Shape:
-        return Shape(self.batch, self.head_dim, self.head_dim_v, self.dtype.itemsize)
+        return Shape(self.batch, self.head_dim, self.head_dim_v, self.dtype.itemsize, settle_rows=Idle.extras.settle_rows)
 
     travels: str = "kv"
     pieces: int = 0
@@ -160,13 +161,21 @@ CASES = [
 ]
 
 
+class Settling(Idle):
+    """A kernel that writes the results of rows as soon as they are complete."""
+
+    extras = Extras(settle_rows=1)
+
+
+@pytest.mark.parametrize("kernel", [Idle(), Settling()], ids=["", "settling"])
 @pytest.mark.parametrize("leased", [False, True], ids=["", "leased"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_the_walk_counts_what_the_loops_allocate(case: Case, leased: bool) -> None:
+def test_the_walk_counts_what_the_loops_allocate(case: Case, leased: bool, kernel: Idle) -> None:
+    shape = replace(case.shape, settle_rows=kernel.extras.settle_rows)
     for rank in range(case.world):
         plan = case.plan(rank)
         transport = Leasing() if leased else Nowhere()
-        job = Job(plan, Idle(), transport, 1.0, 0.0, False, with_lse=case.dlse)
+        job = Job(plan, kernel, transport, 1.0, 0.0, False, with_lse=case.dlse)
         own_q, own_k = plan.q_lengths[plan.member], plan.k_lengths[plan.member]
         q = torch.zeros(case.batch, own_q, case.heads, case.head_dim, dtype=case.dtype)
         k = torch.zeros(case.batch, own_k, case.kv_heads, case.head_dim, dtype=case.dtype)
@@ -174,12 +183,12 @@ def test_the_walk_counts_what_the_loops_allocate(case: Case, leased: bool) -> No
         sinks = torch.zeros(case.heads) if case.sinks else None
         with Storages(transport, q, k, v) as counted:
             _, _, saved = run_out(forward_in_groups(job, q, k, v, sinks))
-        agree(forward_peak(plan, case.shape, case.sinks, case.dlse, leased), counted.most)
+        agree(forward_peak(plan, shape, case.sinks, case.dlse, leased), counted.most)
         dout = torch.zeros(case.batch, own_q, case.heads, case.head_dim_v, dtype=case.dtype)
         dlse = torch.zeros(case.batch, case.heads, own_q) if case.dlse else None
         with Storages(transport, *saved.tensors()[:5], dout, dlse) as counted:
             run_out(backward_in_groups(job, saved, dout, dlse))
-        agree(backward_peak(plan, case.shape, case.dlse, leased), counted.most)
+        agree(backward_peak(plan, shape, case.dlse, leased), counted.most)
 
 
 def agree(peak: Peak, counted: int) -> None:
