@@ -176,7 +176,8 @@ def test_random_delays_show_a_bug(bug: type[Symmetric]) -> None:
 
 
 def graphed(rank: int, transport: str, backward: bool) -> list[str]:
-    """What differs between captured layers, replayed with new inputs among eager ones, and eager layers."""
+    """What differs between captured layers, replayed with new inputs among eager ones (of which one needs larger buffers), and
+    eager layers."""
     cp = ContextParallel(None, "zigzag", "ring", transport=transport, timeout_s=30.0)
     given, other = tensors(cp, 1024, 0), tensors(cp, 512, 1)
     cp.position_ids(1024)
@@ -207,6 +208,8 @@ def graphed(rank: int, transport: str, backward: bool) -> list[str]:
             for x in given:
                 x.normal_(generator=torch.Generator("cuda").manual_seed(100 * n + rank))
         graph.replay()
+        if n == 2:
+            attention(*tensors(cp, 4096, 2), mask=Mask.full(), cp=cp)
         between = eager()
         graph.replay()
         found = [x.clone() for x in results]
@@ -286,10 +289,15 @@ def memory(rank: int, schedule: str, budget: int | None) -> tuple[int, int, int,
     return found, told, transport.nbytes - transport.flags.memory.nbytes, held
 
 
+# The allocator rounds up to 512 bytes, and splits a cached block of more than 1 MiB only where more than 1 MiB remains: less than
+# 1 MiB for each of the ten or so large tensors that live at the peak, 257 to 305 MiB in all.
+ROUNDING = 0.04
+
+
 @pytest.mark.parametrize("schedule", ["auto", "ring", "staged:2"])
 def test_memory_is_what_the_formula_says(gpus: RankPool, schedule: str) -> None:
     for found, told, held, told_held in gpus.run(memory, schedule, None):
-        assert abs(found - told) < 0.04 * told
+        assert abs(found - told) < ROUNDING * told
         assert held == told_held
 
 
@@ -297,8 +305,8 @@ def test_a_budget_is_kept(gpus: RankPool) -> None:
     budget = 150 << 20  # at full speed a call takes 192 MiB or more
     for found, told, held, _ in gpus.run(memory, "auto", budget):
         tensors_of_rank = 8192 * 128 * 2 * (2 * (16 + 16) + 2 * (4 + 4)) + 8192 * 16 * 4
-        assert abs(found - told) < 0.04 * told
-        assert found + held - tensors_of_rank < 1.04 * budget
+        assert abs(found - told) < ROUNDING * told
+        assert found + held - tensors_of_rank < (1 + ROUNDING) * budget
 
 
 # ---- ranks that die ------------------------------------------------------------------------------------------------------------
