@@ -15,6 +15,7 @@ import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,7 @@ from torch import Tensor
 
 import ringflash as rf
 from ringflash.parallel.plan import Plan, Post, Schedule, row_bytes
+from ringflash.parallel.transport.p2p import far_groups
 from ringflash.testing import RankPool
 
 WORLD, NODE = 4, 2
@@ -62,6 +64,11 @@ def emulate_hosts(rank: int) -> None:
     dist.all_reduce(torch.zeros(1, device="cuda"), group=_group)  # NCCL sets up its rings in the first collective
 
 
+def _whole() -> dist.ProcessGroup:
+    assert _group is not None
+    return _group
+
+
 def milliseconds(work: Callable[[], object]) -> float:
     """Of the slowest rank, from a moment at which all are ready."""
     dist.all_reduce(torch.zeros(1, device="cuda"), group=_group)
@@ -77,18 +84,26 @@ def milliseconds(work: Callable[[], object]) -> float:
     return found.item()
 
 
-def link_GBps(rank: int, nbytes: int = 128 * MB) -> float:  # noqa: N802 (a unit)
-    """What crosses between the hosts in one direction, while both directions of both pairs are busy."""
+def link_GBps(rank: int, nbytes: int = 128 * MB) -> tuple[float, float]:  # noqa: N802 (a unit)
+    """What crosses between the hosts in one direction, while both directions of both pairs are busy: by one lane for chunks, as
+    in a forward pass, and with one for gradients beside it."""
     other = (rank + NODE) % WORLD
+    lanes = list(far_groups(_whole(), torch.device("cuda", rank)).values())
     sent, received = torch.zeros(nbytes, dtype=torch.uint8, device="cuda"), torch.zeros(nbytes, dtype=torch.uint8, device="cuda")
 
-    def exchange() -> None:
-        ops = [dist.P2POp(kind, x, group=_group, group_peer=other) for kind, x in ((dist.irecv, received), (dist.isend, sent))]
-        for work in dist.batch_isend_irecv(ops):
+    def exchange(groups: Sequence[dist.ProcessGroup]) -> None:
+        works = []
+        for group, *parts in zip(groups, received.chunk(len(groups)), sent.chunk(len(groups)), strict=True):
+            pairs = zip((dist.irecv, dist.isend), parts, strict=True)
+            works += dist.batch_isend_irecv([dist.P2POp(kind, x, group=group, group_peer=other) for kind, x in pairs])
+        for work in works:
             work.wait()
 
-    exchange()
-    return NODE * nbytes / statistics.median(milliseconds(exchange) for _ in range(READINGS)) / 1e6
+    found = []
+    for groups in (lanes[:1], lanes):
+        exchange(groups)
+        found.append(NODE * nbytes / statistics.median(milliseconds(partial(exchange, groups)) for _ in range(READINGS)) / 1e6)
+    return found[0], found[1]
 
 
 def crossing(plan: Plan, slots: Sequence[Sequence[Post]]) -> int:
@@ -108,7 +123,7 @@ def link_bytes(cp: rf.ContextParallel, seqlen: int, kv_heads: int) -> tuple[int,
     return forward, backward
 
 
-def measure(rank: int, seqlen: int, kv_heads: int, GBps: float) -> list[Reading]:
+def measure(rank: int, seqlen: int, kv_heads: int, GBps: tuple[float, float]) -> list[Reading]:
     mask = rf.Mask.causal()
     schedules = {"double": Schedule("double_ring", inner=NODE), "ring": Schedule("ring")}
     contexts = {name: rf.ContextParallel(_group, "zigzag", schedule, transport="p2p") for name, schedule in schedules.items()}
@@ -127,7 +142,7 @@ def measure(rank: int, seqlen: int, kv_heads: int, GBps: float) -> list[Reading]
     works = {"compute": passes(None, seqlen // 2), **{name: passes(cp, seqlen // WORLD) for name, cp in contexts.items()}}
     nbytes = dict(zip(("forward", "backward"), link_bytes(contexts["double"], seqlen, kv_heads), strict=True))
     found = []
-    for name in ("forward", "backward"):
+    for name, speed in zip(("forward", "backward"), GBps, strict=True):
         for work in works.values():
             work[name]()
         times: dict[str, list[float]] = {who: [] for who in works}
@@ -136,7 +151,7 @@ def measure(rank: int, seqlen: int, kv_heads: int, GBps: float) -> list[Reading]
                 times[who].append(milliseconds(work[name]))
         medians = {who: statistics.median(some) for who, some in times.items()}
         label = f"{seqlen // 1024}k, {kv_heads} key heads, {name}"
-        link_ms = nbytes[name] / GBps / 1e6
+        link_ms = nbytes[name] / speed / 1e6
         found.append(Reading(label, medians["compute"], link_ms, medians["double"], medians["ring"]))
     return found
 
@@ -147,7 +162,7 @@ def main(lengths: Sequence[int]) -> None:
     with RankPool(WORLD) as pool:
         pool.run(emulate_hosts)
         GBps = pool.run(link_GBps)[0]
-        print(f"between the hosts: {GBps:.2f} GB/s each way, both busy\n{HEAD}", flush=True)
+        print(f"between the hosts, each way, both busy: {GBps[0]:.2f} GB/s by one lane, {GBps[1]:.2f} by two\n{HEAD}", flush=True)
         for seqlen in lengths:
             for kv_heads in (8, 32):
                 print(*pool.run(measure, seqlen, kv_heads, GBps, timeout_s=120.0)[0], sep="\n", flush=True)

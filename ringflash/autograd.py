@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ringflash.kernels import Kernel, OneCallKernel, Settle
+from ringflash.kernels import Kernel, OneCallKernel, Settle, leaving
 from ringflash.kernels.hopper_backward import delta as rowsum_delta
 from ringflash.kernels.running import accumulate_dtype
 from ringflash.parallel import trace
@@ -107,7 +107,7 @@ def _only_call(plan: Plan) -> Part | None:
 
 def forward_loop(job: Job, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Generator[None, None, Results]:
     """out (B, Sq, H, Dv) and lse (B, H, Sq) of the local rows, and what to save."""
-    plan, kernel = job.plan, job.kernel
+    plan, kernel = job.plan, leaving(job.kernel, job.transport.multiprocessors(job.plan))
     trades = len(plan.shares) > 1
     if trades:
         heads = HeadExchange(plan, job.transport)
@@ -261,6 +261,7 @@ def backward_loop(
         )
         return *grads, dsinks
     plan = plan.backward(q.shape[3], v.shape[3], q.element_size(), kernel.extras.delta)
+    kernel = leaving(kernel, job.transport.multiprocessors(plan))
     queries, keys = (q, dout, saved.lse, delta), (k, v)
     turned = plan.key.travels == "q"  # keys stay, and queries come to them
     stages = Stages(plan, job.transport, q, dout, narrow=queries[2:]) if turned else Stages(plan, job.transport, k, v)

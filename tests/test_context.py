@@ -1,4 +1,4 @@
-"""What contexts share, and that they end with their last user."""
+"""What contexts share, that they end with their last user, and what their transports ask of kernels."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ringflash import ContextParallel
-from ringflash.parallel.transport.p2p import P2P
+from ringflash import ContextParallel, Mask
+from ringflash.kernels import hopper, leaving, reference
+from ringflash.parallel.transport.p2p import FAR_CTAS, P2P
 from ringflash.parallel.transport.symmetric import Symmetric
+from ringflash.simulated import SimulatedWorld
 from ringflash.testing import RankPool
 
 Ranks = Callable[[int], RankPool]
@@ -70,3 +72,18 @@ def outlived(rank: int, name: str) -> bool:
 @pytest.mark.parametrize("name", ["symmetric", "p2p"])
 def test_a_context_ends_with_its_last_user(ranks: Ranks, name: str) -> None:
     assert not any(ranks(2).run(outlived, name))
+
+
+def test_kernels_leave_multiprocessors_to_slow_lanes_of_nccl_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = SimulatedWorld(4, "zigzag", "double_ring", inner=2).plan(0, Mask.causal(), 64, 64, 2, 2)
+    group: Any = object()
+    monkeypatch.setattr("torch.distributed.get_rank", lambda _: 0)
+    for backend, lanes in (("nccl", 1), ("cpu:gloo,cuda:nccl", 1), ("gloo", 0)):
+        monkeypatch.setattr("torch.distributed.get_backend_config", lambda _, backend=backend: backend)
+        far = P2P(group, 1.0, far={"chunks": group, "gradients": group})
+        assert far.multiprocessors(plan) == lanes * FAR_CTAS
+        assert far.multiprocessors(plan.backward()) == 2 * lanes * FAR_CTAS
+        assert P2P(group, 1.0).multiprocessors(plan) == 0
+    margin = leaving(hopper.KERNEL, FAR_CTAS)
+    assert isinstance(margin, hopper.HopperKernel) and margin.sm_margin == FAR_CTAS
+    assert leaving(hopper.KERNEL, 0) is hopper.KERNEL and leaving(reference.KERNEL, 4) is reference.KERNEL

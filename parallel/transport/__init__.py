@@ -76,6 +76,10 @@ class Transport(ABC):
         """Memory, of any content, for what this rank will send; pulling transports place it where peers can read it."""
         return torch.empty(shape, dtype=dtype, device=device)
 
+    def multiprocessors(self, plan: Plan) -> int:
+        """How many multiprocessors the kernels of a pass should leave to its transfers. Copy engines and hosts need none."""
+        return 0
+
     @abstractmethod
     def post(self, label: Label, sends: Sequence[Message], receives: Sequence[Message]) -> Pending:
         """Starts moving. Messages between two ranks are matched in order. ``label`` is the same on all ranks.

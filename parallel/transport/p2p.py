@@ -12,8 +12,13 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store, _get_default_store
 
+from ringflash.parallel.plan import Plan
 from ringflash.parallel.transport import Label, Message, Pending, Transport, TransportError
 from ringflash.parallel.watchdog import reached, watch
+
+FAR_CTAS = 4
+"""Multiprocessors that NCCL may take for one lane over slow links: one moves 10-20 GB/s. Attention kernels leave them free, since
+they keep all others until a step is over: a transfer that becomes ready meanwhile would wait so long, and its link be idle."""
 
 FarGroups = dict[str, dist.ProcessGroup]
 
@@ -37,10 +42,17 @@ def _new_groups(ranks: list[int], backend: str, device: torch.device) -> FarGrou
     found = {}
     with _unbound() if len(ranks) < dist.get_world_size() else nullcontext():
         for what in ("chunks", "gradients"):
-            found[what] = dist.new_group(ranks, backend=backend, use_local_synchronization=True)
+            options = _few_ctas() if device.type == "cuda" else None
+            found[what] = dist.new_group(ranks, backend=backend, pg_options=options, use_local_synchronization=True)
             if device.type == "cuda":  # NCCL sets up its rings in the first collective of a group, and needs all ranks there
                 dist.all_reduce(torch.zeros(1, device=device), group=found[what])
     return found
+
+
+def _few_ctas() -> object:
+    options = dist.ProcessGroupNCCL.Options()
+    options.config.max_ctas = FAR_CTAS
+    return options
 
 
 @contextmanager
@@ -78,6 +90,10 @@ class P2P(Transport):
         self.group, self.timeout_s, self.ask = group, timeout_s, ask
         self.far = far or {}
         self.rank = dist.get_rank(group)
+
+    def multiprocessors(self, plan: Plan) -> int:
+        nccl = any("nccl" in dist.get_backend_config(group) for group in self.far.values())
+        return FAR_CTAS * (2 if plan.key.returns else 1) if nccl and len(plan.steps) > 1 else 0
 
     def group_of(self, label: Label) -> dist.ProcessGroup:
         return self.far.get(label.what, self.group) if label.far else self.group

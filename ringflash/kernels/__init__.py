@@ -8,7 +8,7 @@ inputs to that its library cannot treat (NaN and infinities on the CPU).
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import NamedTuple, Protocol, cast
 
@@ -46,12 +46,14 @@ class Extras:
                  sinks.
     settle_rows  if not 0, forward has a keyword ``settle: Settle | None = None``.
     one_call     the backend is a OneCallKernel.
+    sm_margin    it is a dataclass with a field of that name: multiprocessors that its kernels leave free.
     """
 
     delta: bool = False
     sinks: bool = False
     settle_rows: int = 0
     one_call: bool = False
+    sm_margin: bool = False
 
 
 @dataclass(frozen=True)
@@ -207,6 +209,13 @@ def load(name: str) -> Kernel | None:
         if error.name != module:  # something that the backend itself imports is missing: not ours to hide
             raise
         return None
+
+
+def leaving(kernel: Kernel, multiprocessors: int) -> Kernel:
+    """The backend, leaving so many multiprocessors free if it can."""
+    if not multiprocessors or not kernel.extras.sm_margin:
+        return kernel
+    return replace(kernel, sm_margin=multiprocessors)  # type: ignore[type-var]
 
 
 def _refusal(name: str, problem: Problem) -> str | None:
