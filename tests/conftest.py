@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -18,6 +22,18 @@ def pytest_configure(config: pytest.Config) -> None:
         "slow: minutes rather than seconds",
     ):
         config.addinivalue_line("markers", line)
+
+
+@pytest.fixture(scope="session")
+def check_ptxas() -> ModuleType:
+    """scripts/check_ptxas.py as a module."""
+    path = Path(__file__).resolve().parent.parent / "scripts" / "check_ptxas.py"
+    spec = importlib.util.spec_from_file_location("check_ptxas", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["check_ptxas"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="session")

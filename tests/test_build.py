@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 import os
 import re
 import shutil
@@ -28,16 +27,6 @@ ptxas info    : Function properties for _Z6kernelPf
 ptxas info    : Used 168 registers, used 2 barriers, 1024 bytes smem, 16 bytes cmem[0]
 ptxas info    : Compile time = 9.237 ms
 """
-
-
-@pytest.fixture(scope="module")
-def check_ptxas() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("check_ptxas", ROOT / "scripts" / "check_ptxas.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["check_ptxas"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
 
 
 # -------------------------------------------------------------------------------------------------- packaging

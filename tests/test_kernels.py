@@ -15,6 +15,7 @@ from torch import Tensor
 from ringflash import kernels
 from ringflash.kernels import Kernel, Problem, cpu, reference
 from ringflash.slices import UNBOUNDED, Slices
+from ringflash.testing.inputs import spread
 from ringflash.testing.oracle import Inputs, dense_attention
 from ringflash.testing.slice_cases import CASES, SliceCase, make_slice_inputs, run_kernel, visible
 from ringflash.testing.tolerance import Judge, accumulate_dtype
@@ -101,24 +102,6 @@ def test_scale(kernel: Kernel, scale: float) -> None:
 class TestStrides:
     """Any strides of B, S and H; these two kernels take any of D as well."""
 
-    @staticmethod
-    def spread(x: Tensor, how: str) -> Tensor:
-        """The same values in other storage."""
-        if how == "every third row":
-            longer = torch.full((x.shape[0], 3 * x.shape[1], *x.shape[2:]), torch.nan, dtype=x.dtype)
-            longer[:, 1::3] = x
-            return longer[:, 1::3]
-        if how == "heads first":
-            return x.transpose(1, 2).contiguous().transpose(1, 2)
-        if how == "batch inside":
-            return x.movedim(0, 2).contiguous().movedim(2, 0)
-        if how == "every second element":
-            return torch.stack([x, torch.full_like(x, torch.nan)], -1)[..., 0]
-        assert how == "inside a wider dim"
-        wider = torch.full((*x.shape[:-1], x.shape[-1] + 3), torch.nan, dtype=x.dtype)
-        wider[..., 1:-2] = x
-        return wider[..., 1:-2]
-
     @pytest.mark.parametrize(
         "how", ["every third row", "heads first", "batch inside", "inside a wider dim", "every second element"]
     )
@@ -126,7 +109,7 @@ class TestStrides:
     def test_inputs(self, kernel: Kernel, name: str, how: str) -> None:
         case = BY_NAME[name]
         plain = make_slice_inputs(case, torch.float64)
-        views = Inputs(*(self.spread(x, how) for x in (plain.q, plain.k, plain.v)), None, self.spread(plain.dout, how), None)
+        views = Inputs(*(spread(x, how) for x in (plain.q, plain.k, plain.v)), None, spread(plain.dout, how), None)
         for dlse in (None, torch.randn(case.batch, case.heads, 2 * case.q_len, dtype=torch.float64)[:, :, ::2]):
             assert_right(kernel, replace(views, dlse=dlse), [case.slices])
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import struct
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -22,16 +20,6 @@ ALWAYS = 0x000FEA0003800000
 """High word of a branch without a uniform predicate."""
 
 Code = list[tuple[int, int]]
-
-
-@pytest.fixture(scope="module")
-def check() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("check_machine_code", ROOT / "scripts" / "check_ptxas.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["check_machine_code"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
 
 
 def assemble(text: str) -> Code:
@@ -74,14 +62,14 @@ def cubin(code: Code) -> bytes:
     ],
     ids=["straight", "one", "no product", "two in one", "slow path", "jump back"],
 )
-def test_main_loops(check: ModuleType, text: str, loops: list[tuple[int, int]]) -> None:
-    assert [(loop.start, loop.stop) for loop in check.main_loops(assemble(text))] == loops
+def test_main_loops(check_ptxas: ModuleType, text: str, loops: list[tuple[int, int]]) -> None:
+    assert [(loop.start, loop.stop) for loop in check_ptxas.main_loops(assemble(text))] == loops
 
 
-def test_code_is_found_in_an_object_file(check: ModuleType) -> None:
+def test_code_is_found_in_an_object_file(check_ptxas: ModuleType) -> None:
     code = assemble(". . H c1 X")
     host = b"\x7fELF\x02\x01".ljust(16, b"\0") + struct.pack("<HH", 1, 62).ljust(48, b"\0")
-    assert check.machine_code(host + b"filling" + cubin(code)) == {KERNEL: code}
+    assert check_ptxas.machine_code(host + b"filling" + cubin(code)) == {KERNEL: code}
 
 
 @pytest.mark.parametrize(
@@ -90,7 +78,7 @@ def test_code_is_found_in_an_object_file(check: ModuleType) -> None:
     ids=["outside", "inside", "no loop", "no code"],
 )
 def test_a_main_loop_that_is_not_uniform_fails(
-    check: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str | None, message: str | None
+    check_ptxas: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str | None, message: str | None
 ) -> None:
     (tmp_path / "csrc").mkdir()
     (tmp_path / "build" / "csrc").mkdir(parents=True)
@@ -98,7 +86,7 @@ def test_a_main_loop_that_is_not_uniform_fails(
     (tmp_path / "build" / "csrc" / "forward.cu.o.ptxas").write_text(REPORT)
     if text is not None:
         (tmp_path / "build" / "csrc" / "forward.cu.o").write_bytes(cubin(assemble(text)))
-    status = check.main([str(tmp_path / "build"), "--sources", str(tmp_path / "csrc")])
+    status = check_ptxas.main([str(tmp_path / "build"), "--sources", str(tmp_path / "csrc")])
     output = capsys.readouterr()
     assert status == (message is not None)
     assert message is None or message in output.err

@@ -2,7 +2,7 @@
 
 from ringflash.testing.cases import Case, draw, read_mask
 from ringflash.testing.idle import Idle
-from ringflash.testing.inputs import make_inputs
+from ringflash.testing.inputs import make_inputs, spread
 from ringflash.testing.oracle import Inputs, Results, dense_attention, dense_results, visibility
 from ringflash.testing.rank_pool import Outcome, RankError, RankPool
 from ringflash.testing.runs import objections_on_ranks, objections_simulated, simulate
@@ -27,5 +27,6 @@ __all__ = [
     "read_mask",
     "relative_error",
     "simulate",
+    "spread",
     "visibility",
 ]

@@ -1,4 +1,4 @@
-"""Random tensors of a case, the same for the same case on every rank."""
+"""Random tensors of a case, the same for the same case on every rank; and the same tensors in other storage."""
 
 from __future__ import annotations
 
@@ -27,3 +27,21 @@ def make_inputs(case: Case, device: torch.device | str = "cpu") -> Inputs:
         sinks=normal(h, dtype=lse_dtype) if case.sinks else None,
         dlse=normal(b, h, case.q_len, dtype=lse_dtype) if case.dlse else None,
     )
+
+
+def spread(x: Tensor, how: str) -> Tensor:
+    """The same values (B, S, H, D) with other strides, NaN between them."""
+    if how == "every third row":
+        longer = x.new_full((x.shape[0], 3 * x.shape[1], *x.shape[2:]), torch.nan)
+        longer[:, 1::3] = x
+        return longer[:, 1::3]
+    if how == "heads first":
+        return x.transpose(1, 2).contiguous().transpose(1, 2)
+    if how == "batch inside":
+        return x.movedim(0, 2).contiguous().movedim(2, 0)
+    if how == "every second element":
+        return torch.stack([x, torch.full_like(x, torch.nan)], -1)[..., 0]
+    assert how == "inside a wider dim", how  # and so off any alignment
+    wider = x.new_full((*x.shape[:-1], x.shape[-1] + 3), torch.nan)
+    wider[..., 1:-2] = x
+    return wider[..., 1:-2]
