@@ -426,7 +426,7 @@ def explain(plan: Plan, forecast: Forecast, *, chosen: str = "", kernel: str = "
     for name, times in (("forward", forecast.forward), ("backward", forecast.backward)):
         parts = "; ".join(f"{what} {size_text(nbytes)}" for what, nbytes in times.memory.items)
         facts.append(("memory", f"peak {size_text(times.memory.total)} {name}: {parts}"))
-    facts += [("travels", _travels_text(plan, shape))] if plan.rings > 1 else []
+    facts += [("travels", travels_text(plan, shape))] if plan.rings > 1 else []
     busiest = max(forecast.areas)
     ranks = [rank for rank, area in enumerate(forecast.areas) if area == busiest]
     who = "all ranks alike" if len(ranks) == len(forecast.areas) else f"rank {ranks[0]} has most"
@@ -442,7 +442,7 @@ def explain(plan: Plan, forecast: Forecast, *, chosen: str = "", kernel: str = "
     return "\n".join([*lines, "", *tables, "", *ends])
 
 
-def _travels_text(plan: Plan, shape: Shape) -> str:
+def travels_text(plan: Plan, shape: Shape) -> str:
     """What travels in the two passes, and what the backward pass of the whole world would move either way."""
     dims = shape.head_dim, shape.head_dim_v, shape.dtype_bytes
     kv, q = (shape.batch * traffic(plan, travels, *dims).nbytes for travels in ("kv", "q"))

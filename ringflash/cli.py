@@ -256,7 +256,7 @@ def _ranks(text: str, world: int) -> list[int]:
 
 def _summary(forecasts: Sequence[Forecast], tables: Tables) -> str:
     """One line a rank."""
-    from ringflash.parallel.cost import count_text, size_text, time_text
+    from ringflash.parallel.cost import count_text, size_text, time_text, travels_text
 
     head = ["rank", "tokens", "steps", "slices", "pairs", "in", "out", "forward", "waiting", "backward", "waiting", "memory"]
     rows = [head]
@@ -278,6 +278,7 @@ def _summary(forecasts: Sequence[Forecast], tables: Tables) -> str:
             *lines,
             "steps: with something to compute; pairs: visible ones times heads; in, out: K and V of the forward pass",
             f"balance {first.balance:.3f}: work of the busiest rank over the mean",
+            *([f"travels {travels_text(first.plan, first.shape)}"] if first.plan.rings > 1 else []),
         ]
     )
 

@@ -119,6 +119,7 @@ def test_plan_explains_one_rank(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_plan_lists_all_ranks(capsys: pytest.CaptureFixture[str]) -> None:
     text = said(capsys, "plan", "--seqlen", "8k", "--world", "6", "--layout", "contiguous", "--rank", "all", "--tables", "cpu")
+    assert "travels forward K, V; backward" in text
     rows = [line.split() for line in text.splitlines() if line.split()[:1] in [[str(r)] for r in range(6)]]
     assert [row[1] for row in rows] == ["1,365", "1,365", "1,366", "1,365", "1,365", "1,366"]
     assert "balance 1.8" in text and "CPU core" in text
