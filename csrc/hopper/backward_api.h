@@ -55,7 +55,19 @@ struct RfDeltaParams {
   int32_t heads, head_dim;  // head_dim: a multiple of 8
   int32_t dtype;            // RfDtype
   int32_t reserved;
+  void* zeros;           // made zeros beside it, 16-byte aligned; may be null
+  int64_t zero_vectors;  // of 16 bytes
 };
 RF_API int rf_delta(const struct RfDeltaParams* params, void* stream);
-static_assert(sizeof(RfHopperBackwardParams) == 400 && sizeof(RfDeltaParams) == 160,
+
+/// to = from, rounded: float32 gradients in their final dtype.
+struct RfRoundParams {
+  const float* from;  // 16-byte aligned; so is to
+  void* to;
+  int64_t count;  // a multiple of 8
+  int32_t dtype;  // of to: RF_FLOAT16 or RF_BFLOAT16
+  int32_t reserved;
+};
+RF_API int rf_round(const struct RfRoundParams* params, void* stream);
+static_assert(sizeof(RfHopperBackwardParams) == 400 && sizeof(RfDeltaParams) == 176 && sizeof(RfRoundParams) == 32,
               "ringflash/kernels/hopper_backward.py mirrors these structs");

@@ -8,6 +8,7 @@
 
 #include "../device/band.cuh"
 #include "../device/ptx.cuh"
+#include "overlap.cuh"
 
 namespace ringflash {
 

@@ -90,10 +90,8 @@ int launch_backward_kernel(Kernel kernel, const RfHopperBackwardParams& c, const
                            cudaStream_t stream) {
   static_assert(sizeof(Shared) <= 227 * 1024, "shared memory of a multiprocessor");
   RF_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared)));
-  kernel<<<c.ctas*(c.pairs ? 2 : 1), Tile::kThreads, sizeof(Shared), stream>>>(maps[0], maps[1], maps[2], maps[3], maps[4],
-                                                                               maps[5], maps[6], p);
-  RF_CUDA(cudaGetLastError());
-  return RF_OK;
+  return launch_overlapping(kernel, c.ctas * (c.pairs ? 2 : 1), Tile::kThreads, sizeof(Shared), stream, maps[0], maps[1], maps[2],
+                            maps[3], maps[4], maps[5], maps[6], p);
 }
 
 }  // namespace ringflash

@@ -60,6 +60,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     ptx::mbarrier_init_fence();
   }
   __syncthreads();
+  await_kernel_before();
 
   if (warpgroup == 0) {
     ptx::registers_lower<Tile::kProducerRegisters>();

@@ -229,6 +229,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(Tile::kThreads, 1)
   }
   __syncthreads();
   ptx::cluster_sync();
+  await_kernel_before();
 
   if (warpgroup == 0) {
     ptx::registers_lower<Tile::kProducerRegisters>();

@@ -69,6 +69,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     ptx::mbarrier_init_fence();
   }
   __syncthreads();
+  await_kernel_before();
 
   const int warp = __shfl_sync(~0u, thread / 32, 0);  // warp-uniform, so that descriptors live in uniform registers
   const int c0 = (lane % 4) * 2;   // of S^T and dP^T this lane holds keys first_of_lane(), + 8, and queries 8 j + c0, + 1

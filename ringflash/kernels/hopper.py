@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ringflash import ops
-from ringflash.kernels import Extras, hopper_backward, tiles
+from ringflash.kernels import Extras, hopper_backward, streams, tiles
 from ringflash.slices import Slices
 
 if TYPE_CHECKING:
@@ -91,34 +91,6 @@ def forward_plan(
     return min(((t, tiles.forward_table(slices, q_len, k_len, t.rows, t.keys, settled, whole)) for t in variants), key=cycles)
 
 
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-@cache
-def _counter_of(device: torch.device, stream: int) -> Tensor:
-    """The two work counters of a stream: zero between launches, and launches of one stream never overlap."""
-    return torch.zeros(2, dtype=torch.int32, device=device)
-
-
-def _counter(device: torch.device, stream: int) -> Tensor:
-    """Zeroed work counters. A captured launch has its own, zeroed by the graph: graphs of one stream may run on several."""
-    if torch.cuda.is_current_stream_capturing():
-        return torch.zeros(2, dtype=torch.int32, device=device)
-    return _counter_of(device, stream)
-
-
-def _stream(device: torch.device) -> int:
-    """The current stream; ten times cheaper than asking for the object around it."""
-    if _raw_stream is not None:
-        return int(_raw_stream(device.index))
-    return int(torch.cuda.current_stream(device).cuda_stream)
-
-
-_raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
-
-
 @lru_cache(maxsize=1024)
 def _evenly(shape: Sequence[int], stride: Sequence[int], multiple: int) -> bool:
     """Whether rows are contiguous and B, S, H step by positive multiples of that many elements."""
@@ -192,7 +164,7 @@ def _call(
         start,
         ending,
         min(B * H, kv_heads_in_l2 * (H // Hkv)),
-        max(1, _multiprocessors(device) - sm_margin),
+        max(1, streams.multiprocessors(device) - sm_margin),
         scale,
         softcap,
         tile.variant,
@@ -300,9 +272,9 @@ class HopperKernel:
     def _launch(self, call: _Call, q: Tensor, *others: Tensor) -> None:
         lib = _library()
         assert lib is not None
-        stream = _stream(q.device)
+        stream = streams.current_stream(q.device)
         addresses = (x.data_ptr() for x in (q, *others))
-        pointers = _POINTERS.pack(*addresses, *call.addresses, _counter(q.device, stream).data_ptr())
+        pointers = _POINTERS.pack(*addresses, *call.addresses, streams.counters(q.device, stream, 2).data_ptr())
         ops.check(lib, "rf_hopper_forward", lib.rf_hopper_forward(pointers + call.rest, stream))
 
     def _see_nothing(

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from functools import cache
+from collections.abc import Sequence
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ringflash import ops
+from ringflash.kernels import streams
 from ringflash.kernels.tiles_backward import MAX_SLOTS, Shape, WorkList, work_list
 from ringflash.slices import Slices
 
@@ -20,29 +22,10 @@ if TYPE_CHECKING:
 DTYPES = (torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
 
-_PARAMS = struct.Struct("=18Q25q10i2f2i")
+_POINTERS, _REST = struct.Struct("=18Q"), struct.Struct("=25q10i2f2i")
 """``RfHopperBackwardParams`` of csrc/hopper/backward_api.h."""
-
-
-class _DeltaParams(ctypes.Structure):
-    """``RfDeltaParams`` of csrc/hopper/backward_api.h."""
-
-    _fields_ = [
-        ("dout", ctypes.c_void_p),
-        ("out", ctypes.c_void_p),
-        ("dlse", ctypes.c_void_p),
-        ("delta", ctypes.c_void_p),
-        ("dout_strides", ops.Strides),
-        ("out_strides", ops.Strides),
-        ("dlse_strides", ops.Strides),
-        ("delta_strides", ops.Strides),
-        ("batch", ctypes.c_int64),
-        ("seq", ctypes.c_int64),
-        ("heads", ctypes.c_int32),
-        ("head_dim", ctypes.c_int32),
-        ("dtype", ctypes.c_int32),
-        ("reserved", ctypes.c_int32),
-    ]
+_DELTA, _ROUND = struct.Struct("=4Q14q4iQq"), struct.Struct("=2Qq2i")
+"""``RfDeltaParams`` and ``RfRoundParams`` of the same."""
 
 
 @cache
@@ -56,8 +39,10 @@ def _library() -> ctypes.CDLL | None:
     int32_pointer = ctypes.POINTER(ctypes.c_int32)
     lib.rf_hopper_backward_tile.argtypes = [ctypes.c_int32, ctypes.c_int32, *[int32_pointer] * 4]
     lib.rf_hopper_backward_tile.restype = ctypes.c_int
-    lib.rf_delta.argtypes = [ctypes.POINTER(_DeltaParams), ctypes.c_void_p]
+    lib.rf_delta.argtypes = [ctypes.c_char_p, ctypes.c_void_p]
     lib.rf_delta.restype = ctypes.c_int
+    lib.rf_round.argtypes = [ctypes.c_char_p, ctypes.c_void_p]
+    lib.rf_round.restype = ctypes.c_int
     return lib
 
 
@@ -82,24 +67,6 @@ def _tile(head_dim: int, head_dim_v: int) -> tuple[int, int, bool, int]:
     return rows, keys, bool(pairs), portion
 
 
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-@cache
-def _counters_of(device: torch.device, stream: int) -> Tensor:
-    return torch.zeros(1 + 2 * MAX_SLOTS, dtype=torch.int32, device=device)
-
-
-def _counters(device: torch.device, stream: int) -> Tensor:
-    """The counters of a stream, of items taken and of portions done: zero between launches, and launches of one stream never
-    overlap. A captured launch has its own, zeroed by its graph: graphs captured on one stream may run on several."""
-    if torch.cuda.is_current_stream_capturing():
-        return _counters_of.__wrapped__(device, stream)
-    return _counters_of(device, stream)
-
-
 def _fits(x_BSHD: Tensor, vector: int) -> bool:
     """Whether rows of x are aligned to 16 bytes (``vector`` elements) and no dim of more than one element has stride 0."""
     if x_BSHD.data_ptr() % 16 or x_BSHD.stride(3) != 1:
@@ -112,10 +79,10 @@ def _readable(x_BSHD: Tensor) -> Tensor:
     return x_BSHD if _fits(x_BSHD, 8) else x_BSHD.clone(memory_format=torch.contiguous_format)
 
 
-def _strides(x_BSHD: Tensor) -> tuple[int, int, int]:
+def _strides(shape: Sequence[int], stride: Sequence[int]) -> tuple[int, int, int]:
     """B, S, H in elements; torch lets a dim of one element carry any stride, the copy engine wants a plausible one."""
-    B, S, H, D = x_BSHD.shape
-    b, s, h, _ = x_BSHD.stride()
+    B, S, H, D = shape
+    b, s, h, _ = stride
     h = h if H > 1 else D
     s = s if S > 1 else H * h
     return (b if B > 1 else S * s), s, h
@@ -157,7 +124,7 @@ def backward(
     with torch.cuda.device(q.device):
         inputs = [_readable(x) for x in (dout, q, k, v)]
         work = _work(q, k, v, slices, deterministic, False, sm_margin)
-        _launch(work, inputs, _rows(lse), _rows(delta), scale, softcap, targets, sm_margin)
+        _launch(work, inputs, _rows(lse), _rows(delta), targets, scale, softcap, sm_margin)
     for target, x in zip(targets, (dq, dk, dv), strict=True):
         if target is not x:
             x.add_(target)
@@ -186,29 +153,107 @@ def gradients(
     """
     if not scale > 0.0:
         raise ValueError(f"scale={scale}: the Hopper kernels need a positive scale; use backend='reference' or negate q")
-    dq = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
     if q.numel() == 0 or k.numel() == 0 or len(slices) == 0:
-        return dq.to(q.dtype), torch.zeros_like(k), torch.zeros_like(v)
+        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     with torch.cuda.device(q.device):
-        written = _work(q, k, v, slices, deterministic, True, sm_margin)
-        write = deterministic or written.duration <= _work(q, k, v, slices, False, False, sm_margin).duration
-        work = written if write else _work(q, k, v, slices, False, False, sm_margin)
+        work, write = _work_of_a_pass(slices, q.device, q.shape, k.shape, v.shape[3], deterministic, sm_margin)
         every_key = work.whole == -(-k.shape[1] // work.keys) * k.shape[0] * k.shape[2]
         new = torch.empty if write and every_key else torch.zeros
-        dtype = q.dtype if write else torch.float32
-        dk, dv = (new(x.shape, dtype=dtype, device=x.device) for x in (k, v))
+        dk, dv = (new(x.shape, dtype=q.dtype if write else torch.float32, device=x.device) for x in (k, v))
+        dq = torch.empty(q.shape, dtype=torch.float32, device=q.device)
         inputs = [_readable(x) for x in (dout, q, k, v)]
-        row_delta = delta(dout, out) if row_delta is None else row_delta
-        _launch(work, inputs, _rows(lse), _rows(row_delta), scale, softcap, [dq, dk, dv], sm_margin)
-    return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype)
+        if row_delta is None:
+            row_delta = _delta(inputs[0], _readable(out), None, zeros=dq)
+        else:
+            dq.zero_()
+        _launch(work, inputs, _rows(lse), _rows(row_delta), [dq, dk, dv], scale, softcap, sm_margin)
+        return _rounded(dq, q.dtype), _rounded(dk, q.dtype), _rounded(dv, q.dtype)
+
+
+def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A contiguous x in a 2-byte dtype; x itself if it has it already."""
+    if x.dtype == dtype:
+        return x
+    result = torch.empty(x.shape, dtype=dtype, device=x.device)
+    lib = _library()
+    assert lib is not None
+    params = _ROUND.pack(x.data_ptr(), result.data_ptr(), x.numel(), ops.DTYPES[dtype], 0)
+    ops.check(lib, "rf_round", lib.rf_round(params, streams.current_stream(x.device)))
+    return result
+
+
+@lru_cache(maxsize=512)
+def _work_of_a_pass(
+    slices: Slices,
+    device: torch.device,
+    q_shape: Sequence[int],
+    k_shape: Sequence[int],
+    head_dim_v: int,
+    deterministic: bool,
+    sm_margin: int,
+) -> tuple[WorkList, bool]:
+    """The work list of a pass of one step, and whether it writes dk and dv."""
+    written = _work_of(slices, device, q_shape, k_shape, head_dim_v, deterministic, True, sm_margin)
+    if deterministic:
+        return written, True
+    added = _work_of(slices, device, q_shape, k_shape, head_dim_v, False, False, sm_margin)
+    return (written, True) if written.duration <= added.duration else (added, False)
+
+
+@lru_cache(maxsize=512)
+def _work_of(
+    slices: Slices,
+    device: torch.device,
+    q_shape: Sequence[int],
+    k_shape: Sequence[int],
+    head_dim_v: int,
+    deterministic: bool,
+    write: bool,
+    sm_margin: int,
+) -> WorkList:
+    B, Sq, H, D = q_shape
+    ctas = max(1, streams.multiprocessors(device) - sm_margin)
+    rows, keys, pairs, portion = _tile(D, head_dim_v)
+    shape = Shape(Sq, k_shape[1], B, H, k_shape[2], D, rows, keys, ctas, pairs, portion > 0)
+    return work_list(slices, shape, deterministic=deterministic, write=write)
 
 
 def _work(q: Tensor, k: Tensor, v: Tensor, slices: Slices, deterministic: bool, write: bool, sm_margin: int) -> WorkList:
-    B, Sq, H, D = q.shape
-    ctas = max(1, _multiprocessors(q.device) - sm_margin)
-    rows, keys, pairs, portion = _tile(D, v.shape[3])
-    shape = Shape(Sq, k.shape[1], B, H, k.shape[2], D, rows, keys, ctas, pairs, portion > 0)
-    return work_list(slices, shape, deterministic=deterministic, write=write)
+    return _work_of(slices, q.device, q.shape, k.shape, v.shape[3], deterministic, write, sm_margin)
+
+
+@lru_cache(maxsize=512)
+def _rest(
+    work: WorkList,
+    shapes: tuple[Sequence[int], ...],  # of dout, q, k, v
+    strides: tuple[Sequence[int], ...],  # of dout, q, k, v, dq, dk, dv
+    row_strides: tuple[Sequence[int], ...],  # of lse, delta
+    dtype: torch.dtype,
+    write: bool,
+    scale: float,
+    softcap: float,
+    ctas: int,
+) -> bytes:
+    """What a launch is made of besides addresses."""
+    (_, Sq, _, Dv), (B, _, H, D), (_, Sk, Hkv, _) = shapes[:3]
+    return _REST.pack(
+        *(n for shape, stride in zip((*shapes, *shapes[1:]), strides, strict=True) for n in _strides(shape, stride)),
+        *(n for stride in row_strides for n in stride[:2]),
+        B,
+        Sq,
+        Sk,
+        H,
+        Hkv,
+        D,
+        Dv,
+        len(work.items),
+        ops.DTYPES[dtype],
+        min(ctas // 2 if work.pairs else ctas, len(work.items)),
+        scale,
+        softcap,
+        write,
+        work.pairs,
+    )
 
 
 def _launch(
@@ -216,9 +261,9 @@ def _launch(
     inputs: list[Tensor],
     lse: Tensor,
     delta: Tensor,
+    gradients: list[Tensor],
     scale: float,
     softcap: float,
-    gradients: list[Tensor],
     sm_margin: int,
 ) -> None:
     """dk and dv of q's dtype are written, those of float32 added to."""
@@ -227,18 +272,16 @@ def _launch(
     lib = _library()
     assert lib is not None
     B, Sq, H, D = q.shape
-    Sk, Hkv, Dv = k.shape[1], k.shape[2], v.shape[3]
-    rows, _, _, portion = _tile(D, Dv)
-    ctas = max(1, _multiprocessors(q.device) - sm_margin)
+    rows, _, _, portion = _tile(D, v.shape[3])
     if not len(work.items):
         return
     items, runs, bands, *order = work.on(q.device)
     turns = torch.zeros(B * H * -(-Sq // rows), dtype=torch.int32, device=q.device) if order else None
     ways = 2 if work.pairs else 1
     portions = torch.empty(work.slots * ways * portion, dtype=torch.float32, device=q.device) if work.slots else None
-    stream = torch.cuda.current_stream(q.device).cuda_stream
-    counters = _counters(q.device, stream)
-    params = _PARAMS.pack(
+    stream = streams.current_stream(q.device)
+    counters = streams.counters(q.device, stream, 1 + 2 * MAX_SLOTS).data_ptr()  # of items taken, and of portions done
+    pointers = _POINTERS.pack(
         dout.data_ptr(),
         q.data_ptr(),
         k.data_ptr(),
@@ -254,27 +297,21 @@ def _launch(
         *((x.data_ptr() for x in order) if order else (0, 0)),
         turns.data_ptr() if turns is not None else 0,
         portions.data_ptr() if portions is not None else 0,
-        counters.data_ptr() + 4,
-        counters.data_ptr(),
-        *(stride for x in (dout, q, k, v, dq, dk, dv) for stride in _strides(x)),
-        *lse.stride()[:2],
-        *delta.stride()[:2],
-        B,
-        Sq,
-        Sk,
-        H,
-        Hkv,
-        D,
-        Dv,
-        len(work.items),
-        ops.DTYPES[q.dtype],
-        min(ctas // 2 if work.pairs else ctas, len(work.items)),
+        counters + 4,
+        counters,
+    )
+    rest = _rest(
+        work,
+        (dout.shape, q.shape, k.shape, v.shape),
+        (dout.stride(), q.stride(), k.stride(), v.stride(), dq.stride(), dk.stride(), dv.stride()),
+        (lse.stride(), delta.stride()),
+        q.dtype,
+        dk.dtype == q.dtype,
         scale,
         softcap,
-        dk.dtype == q.dtype,
-        work.pairs,
+        max(1, streams.multiprocessors(q.device) - sm_margin),
     )
-    ops.check(lib, "rf_hopper_backward", lib.rf_hopper_backward(params, stream))
+    ops.check(lib, "rf_hopper_backward", lib.rf_hopper_backward(pointers + rest, stream))
 
 
 DELTA_ROWS = 512
@@ -310,32 +347,40 @@ def _delta_reference(dout: Tensor, out: Tensor, dlse: Tensor | None) -> Tensor:
 
 
 def _delta_cuda(dout: Tensor, out: Tensor, dlse: Tensor | None) -> Tensor:
+    return _delta(dout, out, dlse)
+
+
+def _delta(dout: Tensor, out: Tensor, dlse: Tensor | None, zeros: Tensor | None = None) -> Tensor:
+    """delta; ``zeros``, a contiguous tensor of a multiple of 16 bytes, becomes zeros in the same pass over memory."""
     lib = _library()
     vector = 16 // out.element_size()
     if lib is None or out.dtype not in ops.DTYPES or out.shape[3] % 8 or not (_fits(dout, vector) and _fits(out, vector)):
+        if zeros is not None:
+            zeros.zero_()
         return _delta_reference(dout, out, dlse)
     _check_delta(dout, out, dlse)
     B, S, H, D = out.shape
     result = torch.empty((B, H, S), dtype=torch.float32, device=out.device)
     dlse = dlse if dlse is None else dlse.float()
-    params = _DeltaParams(
-        dout=dout.data_ptr(),
-        out=out.data_ptr(),
-        dlse=None if dlse is None else dlse.data_ptr(),
-        delta=result.data_ptr(),
-        dout_strides=ops.Strides.of_rows(dout),
-        out_strides=ops.Strides.of_rows(out),
-        dlse_strides=ops.Strides.of_lse(result if dlse is None else dlse),
-        delta_strides=ops.Strides.of_lse(result),
-        batch=B,
-        seq=S,
-        heads=H,
-        head_dim=D,
-        dtype=ops.DTYPES[out.dtype],
+    params = _DELTA.pack(
+        dout.data_ptr(),
+        out.data_ptr(),
+        0 if dlse is None else dlse.data_ptr(),
+        result.data_ptr(),
+        *dout.stride()[:3],
+        *out.stride()[:3],
+        *(n for x in (result if dlse is None else dlse, result) for n in (x.stride(0), x.stride(2), x.stride(1))),
+        B,
+        S,
+        H,
+        D,
+        ops.DTYPES[out.dtype],
+        0,
+        0 if zeros is None else zeros.data_ptr(),
+        0 if zeros is None else zeros.nbytes // 16,
     )
     with torch.cuda.device(out.device):
-        stream = torch.cuda.current_stream(out.device).cuda_stream
-        ops.check(lib, "rf_delta", lib.rf_delta(ctypes.byref(params), stream))
+        ops.check(lib, "rf_delta", lib.rf_delta(params, streams.current_stream(out.device)))
     return result
 
 
