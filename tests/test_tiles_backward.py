@@ -105,8 +105,8 @@ def test_pairs_take_long_sequences() -> None:
     def paired(n: int, **options: bool) -> bool:
         return work_list(Slices.causal(n, n), Shape(n, n, 1, 16, 16, 128, ROWS, KEYS, 132, pairs=True), **options).pairs
 
-    assert paired(16384) and paired(16384, write=True)
-    assert not paired(16384, deterministic=True) and not paired(256)
+    assert paired(16384) and paired(16384, write=True) and paired(16384, deterministic=True)
+    assert not paired(256)
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
@@ -117,12 +117,15 @@ def test_a_list_for_writing_gives_each_key_to_one_item(deterministic: bool) -> N
     assert len(owners) == len(set(owners)) == work.whole == 2 * 2 * 16 and work.slots == 0
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize(("is_causal", "group", "ctas"), [(False, 2, 22), (True, 4, 7), (False, 1, 22)])
-def test_a_list_for_writing_may_divide_its_last_items_into_numbered_portions(is_causal: bool, group: int, ctas: int) -> None:
+def test_the_last_items_of_a_list_may_be_divided_into_numbered_portions(
+    is_causal: bool, group: int, ctas: int, deterministic: bool
+) -> None:
     rows = Slices.causal(2100, 2000) if is_causal else Slices.full_rectangle(2100, 2000)
     shape = Shape(2100, 2000, 1 if is_causal else 3, 2 * group, 2, 128, ROWS, KEYS, ctas, portions=True)
-    work = work_list(rows, shape, write=True)
-    undivided = work_list(rows, replace(shape, portions=False), write=True)
+    work = work_list(rows, shape, write=not deterministic, deterministic=deterministic)
+    undivided = work_list(rows, replace(shape, portions=False), write=not deterministic, deterministic=deterministic)
     assert work.duration < undivided.duration and work.whole == undivided.whole == len(undivided.items)
     np.testing.assert_array_equal(covered(work, shape), covered(undivided, shape))
     groups: dict[tuple[int, ...], list[tuple[int, int, int]]] = defaultdict(list)
@@ -139,53 +142,69 @@ def test_a_list_for_writing_may_divide_its_last_items_into_numbered_portions(is_
         }
 
 
-def turn_of(work: WorkList, m: int, first_key: int, part: int, bands: int, q_tiles: int) -> int:
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("heads", [1, 7, 8, 16, 100])
+def test_a_tile_has_no_more_portions_than_an_item_can_tell(heads: int, deterministic: bool) -> None:
+    """One tile of keys, taken by 132 CTAs: divided by heads and by queries, each rounded up, there could be too many."""
+    islands = Slices.from_rows([(a, a + 64, 0, 100, -UNBOUNDED, 9) for a in range(0, 20000, 128)])
+    for rows in (Slices.full_rectangle(20000, 100), islands):
+        shape = Shape(20000, 100, 1, heads, 1, 128, ROWS, KEYS, 132, portions=True)
+        work = work_list(rows, shape, write=not deterministic, deterministic=deterministic)
+        assert 1 < (work.items[:, 7] >> 21).max() <= tiles_backward.MAX_PORTIONS
+
+
+def turn_of(work: WorkList, m: int, first_key: int, bands: int) -> int:
     """How many visits to query tile m come before this one, as the kernel counts them."""
     assert work.visits is not None and work.visit_offsets is not None
-    tile, turn = first_key // KEYS, bands >> 16
-    after, (first, n) = tile + 1, (part >> 8, part & 0xFF)
-    if n:
-        turn += (((m + 1) * n - 1) // q_tiles + first - tile) % n
-        after = first + n
+    after = first_key // work.keys + 1
     intervals = work.visits[work.visit_offsets[m] : work.visit_offsets[m + 1]]
-    return turn + sum(max(b - max(a, after), 0) for a, b in intervals.tolist())
+    return (bands >> 16) + sum(max(b - max(a, after), 0) for a, b in intervals.tolist())
 
 
-@pytest.mark.parametrize("ctas", [132, 3])
-@pytest.mark.parametrize("name", CASES)
-def test_turns_number_the_visits_and_nobody_waits_for_ever(name: str, ctas: int) -> None:
-    rows = CASES[name]
+CROSSED = [(0, 448, 0, 128, -399, 100), (448, 640, 0, 128, -399, 90), (0, 640, 0, 128, -UNBOUNDED, -400)]
+"""Three Slices with common keys; the third's tiles are second passes, after the first's and after the second's."""
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+@pytest.mark.parametrize("ctas", [132, 6])
+@pytest.mark.parametrize("name", [*CASES, "crossed"])
+def test_turns_number_the_visits_and_nobody_waits_for_ever(
+    name: str, ctas: int, pairs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if pairs:
+        monkeypatch.setattr(tiles_backward, "PAIR_STEP", 0.1)
+        monkeypatch.setattr(tiles_backward, "PAIR_COST", -2.0)
+        tiles_backward.work_list.cache_clear()
+    rows = [*CASES.values(), CROSSED][[*CASES, "crossed"].index(name)]
     q_len, k_len = max((r[1] for r in rows), default=10), max((r[3] for r in rows), default=10)
-    _run_in_turns(Slices.from_rows(rows), Shape(q_len, k_len, 2, 2, 1, 128, ROWS, KEYS, ctas))
+    for heads in (2, 8):
+        _run_in_turns(Slices.from_rows(rows), Shape(q_len, k_len, 2, heads, 2, 128, ROWS, KEYS, ctas, pairs, portions=True))
+    tiles_backward.work_list.cache_clear()
 
 
-@pytest.mark.parametrize(("q_len", "k_len"), [(1024, 1024), (2048, 300), (1500, 1111)])
-def test_cohorts_of_a_full_list_hardly_wait(q_len: int, k_len: int) -> None:
-    shape = Shape(q_len, k_len, 1, 8, 8, 128, ROWS, KEYS, 9)
-    assert _run_in_turns(Slices.full_rectangle(q_len, k_len), shape) <= 0.1
-
-
-def test_long_lists_have_no_cohorts() -> None:
-    for n, cohorts in ((4096, True), (4097, False)):
-        work = work_list(Slices.full_rectangle(n, 512), Shape(n, 512, 1, 1, 1, 128, ROWS, KEYS, 132), deterministic=True)
-        assert (work.items[:, 7] != 0).all() == cohorts
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize(("q_len", "heads", "kv_heads"), [(1024, 64, 64), (4096, 4, 4), (4096, 16, 4)])
+def test_deterministic_lists_hardly_wait(q_len: int, heads: int, kv_heads: int, is_causal: bool) -> None:
+    shape = Shape(q_len, q_len, 1, heads, kv_heads, 128, ROWS, KEYS, 33, portions=True)
+    slices = Slices.causal(q_len, q_len) if is_causal else Slices.full_rectangle(q_len, q_len)
+    assert _run_in_turns(slices, shape) <= 0.1
 
 
 def _run_in_turns(slices: Slices, shape: Shape) -> float:
-    """Runs a deterministic list on shape.ctas workers in lockstep: one step a tick, if its turn has come. The part of the ticks
-    of busy workers that were spent waiting."""
+    """Runs a deterministic list on its workers in lockstep: one step a tick, if its turn has come. The part of the ticks of busy
+    workers that were spent waiting."""
     work = work_list(slices, shape, deterministic=True)
-    q_tiles = -(-shape.q_len // ROWS)
     done: dict[tuple[int, int, int], int] = defaultdict(int)
     left = [
-        [(batch, h, m, turn_of(work, m, key, part, bands, q_tiles))
+        [(batch, h, m, turn_of(work, m, key, bands))
          for h in range(h0, h1) for begin, end, _, bands in work.runs[a:b].tolist() for m in range(begin, end)]
-        for a, b, key, batch, _, h0, h1, part in work.items.tolist()
+        for a, b, key, batch, _, h0, h1, _ in work.items.tolist()
     ]  # fmt: skip
-    workers: list[list[tuple[int, int, int, int]]] = [[] for _ in range(shape.ctas)]
+    many = shape.ctas // 2 if work.pairs else shape.ctas
+    workers: list[list[tuple[int, int, int, int]]] = [[] for _ in range(many)]
     steps = waits = 0
     while left or any(workers):
-        for w in range(shape.ctas):
+        for w in range(many):
             if not workers[w] and left:
                 workers[w] = left.pop(0)
         ready = [w for w in workers if w and done[w[0][:3]] == w[0][3]]

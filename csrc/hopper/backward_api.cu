@@ -30,7 +30,6 @@ int rf_hopper_backward(const RfHopperBackwardParams* params, void* stream) {
   RF_REQUIRE(c.items && c.runs && c.bands && c.counter && (!c.turns || (c.visit_offsets && c.visits)), RF_ERROR_NULL_POINTER);
   RF_REQUIRE(c.dtype == RF_BFLOAT16 || c.dtype == RF_FLOAT16, RF_ERROR_DTYPE);
   RF_REQUIRE(c.scale > 0.f && c.softcap >= 0.f, RF_ERROR_SHAPE);
-  RF_REQUIRE(!c.pairs || !c.turns, RF_ERROR_UNSUPPORTED);
   return ringflash::with_backward_tile(c.head_dim, c.head_dim_v, [&](auto tile) {
     using Tile = decltype(tile);
     if (c.pairs && !Tile::kPairs) return static_cast<int>(RF_ERROR_UNSUPPORTED);

@@ -19,7 +19,7 @@ struct RfHopperBackwardParams {
   const int32_t* bands;
   const int32_t* visit_offsets;  // (query tiles + 1), (n, 2): who visits a query tile; deterministic only, else null
   const int32_t* visits;
-  int32_t* turns;          // (B, H, query tiles) zeros; deterministic only, else null
+  int32_t* turns;          // (B, H, query tiles) zeros, with pairs (.., 2); deterministic only, else null
   float* portions;         // of divided items, rf_hopper_backward_tile says how many float32 each; null: no item is divided
   int32_t* portions_done;  // (portions, 2), or with pairs 4, zeros, zero again after the launch, as counter
   int32_t* counter;        // 1 zero; zero again after the launch. Never shared by two launches that may overlap
@@ -32,7 +32,7 @@ struct RfHopperBackwardParams {
   float scale;
   float softcap;  // 0: none
   int32_t store;  // 1: dk, dv are written; every key must be in one item only, and keys in no item are left alone
-  int32_t pairs;  // 1: two CTAs share an item of twice the keys. Not with turns
+  int32_t pairs;  // 1: two CTAs share an item of twice the keys
 };
 
 /// RF_ERROR_UNSUPPORTED: no kernel for these head dims or this device; RF_ERROR_ALIGNMENT: a tensor map was refused.

@@ -26,7 +26,7 @@ struct BackwardParams {
   const int4* bands;         // (n, 2)
   const int* visit_offsets;  // (query tiles + 1)
   const int2* visits;        // (n)
-  int* turns;                // (B, H, query tiles)
+  int* turns;                // (B, H, query tiles), of pairs each CTA's
   float4* portions;          // partial dk, dv of divided items, as registers hold them
   int* portions_done;        // (portions, consumers of an item) zeros
   unsigned* counter;
@@ -43,19 +43,15 @@ struct BackwardParams {
 };
 
 // An item of the work list is two int4: run_begin, run_end, first_key, batch; and kv_head, head_begin, head_end, part. Query
-// heads [head_begin, head_end) are of the whole tensor; part is a Portion or a Cohort.
+// heads [head_begin, head_end) are of the whole tensor; part is a Portion.
 constexpr int kFirst = 1, kLast = 2, kStop = 4;  // flags of a step: first or last of its item; no step, the work is done
 constexpr int kPartShift = 3;                    // above them an item's `part`
 
-/// Which part of a divided tile of keys an item is, where dk and dv are written; 0: all of it.
+/// Which part of a divided tile of keys an item is, where dk and dv are written or everything is deterministic; 0: all of it, or
+/// parts add up.
 struct Portion {
   int slot, index, count;  // of its partial results; those of its tile are slots slot, .., slot + count - 1
   __device__ __forceinline__ explicit Portion(int part) : slot(part & 0x1fff), index(part >> 13 & 0xff), count(part >> 21) {}
-};
-/// The tiles of keys that visit query tiles in turns, each beginning where the others are not. Deterministic mode; 0: none.
-struct Cohort {
-  int first_tile, tiles;
-  __device__ __forceinline__ explicit Cohort(int part) : first_tile(part >> 8), tiles(part & 0xff) {}
 };
 
 /// One step, as the producer tells it. 32 bytes.
@@ -181,8 +177,23 @@ __device__ __forceinline__ void produce_tiles(const BackwardParams& p, Shared& s
   });
 }
 
-/// The statistics of a step, by one warp. Rows past the end get P = 0.
-template <int Rows, int Keys, class Shared>
+/// Deterministic mode. A query tile is added to by key tiles from the last to the first, passes over one tile in turn: this many
+/// visits come before that of a step. The work list hands out key tiles in the same order, so whoever is waited for has started:
+/// no deadlock. Last to first, because under a causal mask that is the order in which they arrive. By a warp.
+template <int Rows, int TileKeys>
+__device__ __forceinline__ int turn_of(const BackwardParams& p, const Step& step, int lane) {
+  const int q_tile = step.first_row / Rows, next_tile = step.first_key / TileKeys + 1;
+  int before = 0;
+#pragma unroll 1
+  for (int v = __ldg(p.visit_offsets + q_tile) + lane; v < __ldg(p.visit_offsets + q_tile + 1); v += 32) {
+    const int2 tiles = __ldg(p.visits + v);
+    before += max(tiles.y - max(tiles.x, next_tile), 0);
+  }
+  return __reduce_add_sync(~0u, before) + (step.band_count >> 16);
+}
+/// The statistics of a step, and its turn in deterministic mode, by one warp. Rows past the end get P = 0. TileKeys: those of an
+/// item.
+template <int Rows, int Keys, int TileKeys, bool Deterministic, class Shared>
 __device__ __forceinline__ void produce_statistics(const BackwardParams& p, Shared& s, int lane) {
   constexpr int kEach = Rows / 32, kStages = sizeof(s.q) / sizeof(s.q[0]);
 #pragma unroll 1
@@ -208,6 +219,10 @@ __device__ __forceinline__ void produce_statistics(const BackwardParams& p, Shar
     for (int r = 0; r < kEach; r++) {
       c[r] = a[r] == -INFINITY ? 0.f : -p.scale * c[r];
       a[r] = a[r] == -INFINITY ? a[r] : a[r] * -kLog2E;
+    }
+    if (Deterministic) {
+      const int turn = turn_of<Rows, TileKeys>(p, step, lane);
+      if (lane == 0) s.boxes.turn[i % kStepRing] = turn;
     }
     ptx::mbarrier_wait(&s.q_free[stage], (i / kStages & 1) ^ 1);
 #pragma unroll
@@ -356,85 +371,115 @@ __device__ __forceinline__ bool gather_portions(const BackwardParams& p, const P
   return true;
 }
 
-/// Deterministic mode. A query tile is added to by key tiles from the last to the first, passes over one tile in turn; the turn
-/// of key tile `tile` is how many visits come before it. The work list hands out key tiles in the same order, so whoever is
-/// waited for has started: no deadlock. Last to first, because under a causal mask that is the order in which they arrive. Two
-/// idle producer warps keep the turns, so that the warpgroup of dQ never waits for global memory.
-struct TurnBarriers {
-  uint64_t mine[2];       // it is our turn to add step i
-  uint64_t added[2];      // the additions of step i are complete
-  uint64_t passed_on[2];  // and the next one knows
+/// Between the warpgroup of dQ and the producer thread that has its boxes added, where there is one: it makes dq's additions
+/// while that warpgroup is at the next box.
+template <int Buffers>
+struct Boxes {
+  uint64_t full[Buffers];  // 128: every lane, for what it stored
+  uint64_t free[Buffers];  // 1: the copy engine has read the box
+  // Deterministic mode:
+  uint64_t added[2];    // 1: the additions of step i are complete
+  uint64_t passed[2];   // 1: and the next one can know
+  int place[2];         // in p.turns, of step i; -1: the work is done
+  int turn[kStepRing];  // of step i; by the statistics warp, before it tells q_full
+  __device__ __forceinline__ void init() {
+#pragma unroll
+    for (int i = 0; i < Buffers; i++) ptx::mbarrier_init(&full[i], 128), ptx::mbarrier_init(&free[i], 1);
+#pragma unroll
+    for (int i = 0; i < 2; i++) ptx::mbarrier_init(&added[i], 1), ptx::mbarrier_init(&passed[i], 1);
+  }
 };
-__device__ __forceinline__ int* turns_of(const BackwardParams& p, const Step& step, int rows) {
-  return p.turns + (static_cast<int64_t>(step.batch) * p.heads + step.head) * p.q_tiles + step.first_row / rows;
+
+__device__ __forceinline__ int turn_now(const BackwardParams& p, int at) {
+  int now;
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(now) : "l"(p.turns + at) : "memory");
+  return now;
 }
-/// Waits in global memory for the turn of each step. By one thread.
-template <int Rows, int Keys, class Shared>
-__device__ __forceinline__ void await_turns(const BackwardParams& p, Shared& s) {
-#pragma unroll 1
-  for (int i = 0;; i++) {
+/// Has the boxes of each step added to dq; in deterministic mode when its turn has come. Ways: how many CTAs share a step, of
+/// which each adds to columns of its own, in turns of its own. By one thread. It is at most a step behind the warpgroup of dQ: no
+/// record is written again before it was read here.
+template <int Rows, int Panels, int Ways, bool Deterministic, class Shared>
+__device__ __forceinline__ void add_boxes(const BackwardParams& p, Shared& s, const CUtensorMap* dq_map) {
+  constexpr int kParts = Panels * Rows / 64 / Ways, kBuffers = sizeof(s.dq) / sizeof(s.dq[0]);
+  const int rank = Ways > 1 ? ptx::cluster_rank() : 0;
+  const auto turns_of = [&](int i) -> int {  // where in p.turns; -1: the work is done
     const Step& step = s.steps[i % kStepRing];
     ptx::mbarrier_wait(&s.step_told[i % kStepRing], (i / kStepRing) & 1);
-    if (step.flags & kStop) break;
-    const int q_tile = step.first_row / Rows, tile = step.first_key / Keys;
-    const Cohort cohort(step.flags >> kPartShift);
-    int turn = step.band_count >> 16, next_tile = tile + 1;
-    if (cohort.tiles) {  // tile first_tile + j begins at query tile j * q_tiles / tiles; later tiles visit a query tile earlier
-      const int first = ((q_tile + 1) * cohort.tiles - 1) / p.q_tiles + cohort.first_tile - tile;
-      turn += first < 0 ? first + cohort.tiles : first;
-      next_tile = cohort.first_tile + cohort.tiles;
-    }
+    if (step.flags & kStop) return -1;
+    return ((step.batch * p.heads + step.head) * p.q_tiles + step.first_row / Rows) * Ways + rank;
+  };
+  int at = turns_of(0), i = 0, now = 0, buffer = 0, phase = 0;
 #pragma unroll 1
-    for (int v = __ldg(p.visit_offsets + q_tile); v < __ldg(p.visit_offsets + q_tile + 1); v++) {
-      const int2 tiles = __ldg(p.visits + v);
-      turn += max(tiles.y - max(tiles.x, next_tile), 0);
+  for (; at >= 0; i++) {
+#pragma unroll 1
+    for (int part = 0; part < kParts; part++) {
+      const Step& step = s.steps[i % kStepRing];         // again for every part: cheaper than the registers
+      ptx::mbarrier_wait(&s.boxes.full[buffer], phase);  // after what the statistics warp told
+      if (Deterministic && part == 0) {
+        while (now != s.boxes.turn[i % kStepRing]) now = turn_now(p, at);
+        asm volatile("fence.proxy.async.global;" ::: "memory");
+      }
+#pragma unroll
+      for (int c = 0; c < 2; c++) {
+        const int column = (Ways > 1 ? rank : Rows == 64 ? part : 0) * 64 + c * 32;
+        if (column < p.head_dim)
+          ptx::tensor_reduce_add(dq_map, s.dq[buffer][c], column, step.first_row + (Rows == 64 ? 0 : part * 64), step.head,
+                                 step.batch);
+      }
+      ptx::bulk_commit();
+      ptx::bulk_wait_read<0>();
+      ptx::mbarrier_arrive(&s.boxes.free[buffer]);
+      buffer = buffer + 1 < kBuffers ? buffer + 1 : 0;
+      if (buffer == 0) phase ^= 1;
     }
-    const int* turns = turns_of(p, step, Rows);
-    ptx::mbarrier_wait(&s.turn.passed_on[i & 1], ((i >> 1) & 1) ^ 1);
-    int now;
-    do {
-      asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(now) : "l"(turns) : "memory");
-    } while (now != turn);
-    asm volatile("fence.proxy.async.global;" ::: "memory");
-    ptx::mbarrier_arrive(&s.turn.mine[i & 1]);
+    const int next = turns_of(i + 1);
+    if (Deterministic) {
+      if (next >= 0) now = turn_now(p, next);  // while the additions are under way
+      ptx::bulk_wait<0>();
+      ptx::mbarrier_wait(&s.boxes.passed[i & 1], ((i >> 1) & 1) ^ 1);
+      s.boxes.place[i & 1] = at;
+      ptx::mbarrier_arrive(&s.boxes.added[i & 1]);
+    }
+    at = next;
+  }
+  if (Deterministic) {
+    ptx::mbarrier_wait(&s.boxes.passed[i & 1], ((i >> 1) & 1) ^ 1);
+    s.boxes.place[i & 1] = -1;
+    ptx::mbarrier_arrive(&s.boxes.added[i & 1]);
+  } else {
+    ptx::bulk_wait<0>();
   }
 }
-/// Ends the turn of each step once its additions are complete. By one thread. It reads the next step's record before it passes
-/// this one on, for which await_turns waits: no record is written again before it was read here.
-template <int Rows, class Shared>
+/// Ends the turn of each step once its additions are complete. By a thread of its own: the one that adds would lose 3-9 % of the
+/// kernel's time in the release's fence.
+template <class Shared>
 __device__ __forceinline__ void pass_turns_on(const BackwardParams& p, Shared& s) {
-  const auto turns_at = [&](int i) -> int* {  // null: the work is done
-    const Step& step = s.steps[i % kStepRing];
-    ptx::mbarrier_wait(&s.step_told[i % kStepRing], (i / kStepRing) & 1);
-    return step.flags & kStop ? nullptr : turns_of(p, step, Rows);
-  };
-  int* turns = turns_at(0);
 #pragma unroll 1
-  for (int i = 0; turns; i++) {
-    ptx::mbarrier_wait(&s.turn.added[i & 1], (i >> 1) & 1);
-    asm volatile("fence.proxy.async.global;\nred.release.gpu.global.add.s32 [%0], 1;" ::"l"(turns) : "memory");
-    turns = turns_at(i + 1);
-    ptx::mbarrier_arrive(&s.turn.passed_on[i & 1]);
+  for (int i = 0;; i++) {
+    ptx::mbarrier_wait(&s.boxes.added[i & 1], (i >> 1) & 1);
+    const int at = s.boxes.place[i & 1];
+    if (at < 0) break;
+    asm volatile("fence.proxy.async.global;\nred.release.gpu.global.add.s32 [%0], 1;" ::"l"(p.turns + at) : "memory");
+    ptx::mbarrier_arrive(&s.boxes.passed[i & 1]);
   }
 }
 /// The warpgroup of dQ: dQ^T = K^T dS^T in parts of 64 columns of d (or, of tiles with one panel and 128 rows, of 64 queries),
 /// through two or three buffers in shared memory to the copy engine, which adds them to global memory and clips rows and columns
-/// past the end. red.global.add.v4 from registers instead takes more than twice as long: its warps touch 16 rows at once.
-template <class T, int Rows, int Keys, int Panels, bool Deterministic, class Shared>
+/// past the end. Adder: another thread tells it to (add_boxes). red.global.add.v4 from registers instead takes more than twice as
+/// long: its warps touch 16 rows at once.
+template <class T, int Rows, int Keys, int Panels, bool Adder, class Shared>
 __device__ __forceinline__ void make_dq(const BackwardParams& p, Shared& s, const CUtensorMap* dq_map, int thread) {
   using Product = ptx::Wgmma<64, T, true, false>;
   constexpr int kParts = Panels * Rows / 64;
   constexpr int kKBuffers = sizeof(s.k) / sizeof(s.k[0]), kStages = sizeof(s.ds) / sizeof(s.ds[0]);
   constexpr int kBuffers = sizeof(s.dq) / sizeof(s.dq[0]);
-  // Whether all parts of a step are made before its turn is awaited: then dS and K are free though others are late.
-  constexpr bool kWhole = Deterministic && kParts <= kBuffers;
   const int warp = thread / 32, lane = thread % 32, c0 = (lane % 4) * 2;
   const uint32_t ds_low = ptx::descriptor_low(ptx::shared_address(s.ds)), k_low = ptx::descriptor_low(ptx::shared_address(s.k));
   // This lane holds d = 16 warp + lane / 4 (+ 8) and queries 8 j + c0 (+ 1): 4-byte stores, one box row (32 d) per query, chunk
   // ^= query % 8: free of bank conflicts.
   const uint32_t box = ptx::shared_address(s.dq) + (warp >> 1) * 64 * 128 + c0 * 128 +
                        ((((warp & 1) * 4 + (lane >> 4)) ^ c0) << 4) + ((lane >> 2) & 3) * 4;
-  int items = -1, i = 0, buffer = 0;
+  int items = -1, i = 0, buffer = 0, phase = 0;
 #pragma unroll 1
   for (;; i++) {
     const Step& step = s.steps[i % kStepRing];
@@ -446,10 +491,6 @@ __device__ __forceinline__ void make_dq(const BackwardParams& p, Shared& s, cons
     const uint32_t k_now = k_low + items % kKBuffers * (sizeof(s.k[0]) / 16);
     const int stage = i % kStages;
     const uint32_t b = ds_low + stage * (sizeof(s.ds[0]) / 16);
-    if (Deterministic && thread == 0 && i > 0) {
-      ptx::bulk_wait<0>();
-      ptx::mbarrier_arrive(&s.turn.added[(i - 1) & 1]);
-    }
     ptx::mbarrier_wait(&s.ds_full[stage], (i / kStages) & 1);
 #pragma unroll 1  // unrolled, two parts would want 64 accumulators
     for (int part = 0; part < kParts; part++) {
@@ -461,8 +502,12 @@ __device__ __forceinline__ void make_dq(const BackwardParams& p, Shared& s, cons
       for (int k = 1; k < Keys / 16; k++)
         Product::ss(x, ptx::descriptor(a_part + k * 128), ptx::descriptor(b_part + (k / 4) * Rows * 8 + (k % 4) * 2));
       ptx::wgmma_commit();
-      if (thread == 0) ptx::bulk_wait_read<kBuffers - 1>();
-      ptx::barrier_sync<3, 128>();  // this buffer was read
+      if (Adder) {
+        ptx::mbarrier_wait(&s.boxes.free[buffer], phase ^ 1);
+      } else {
+        if (thread == 0) ptx::bulk_wait_read<kBuffers - 1>();
+        ptx::barrier_sync<3, 128>();  // this buffer was read
+      }
       ptx::wgmma_wait<0>();
       ptx::pin(x);
       if (part == kParts - 1 && lane == 0) {
@@ -478,30 +523,25 @@ __device__ __forceinline__ void make_dq(const BackwardParams& p, Shared& s, cons
                        "f"(x[j * 4 + e])
                        : "memory");
       ptx::fence_async_proxy();
-      const int filled = buffer;
-      buffer = buffer + 1 < kBuffers ? buffer + 1 : 0;
-      if (kWhole && part < kParts - 1) continue;
-      if (Deterministic && (kWhole || part == 0) && thread == 0) ptx::mbarrier_wait(&s.turn.mine[i & 1], (i >> 1) & 1);
-      ptx::barrier_sync<2, 128>();
-      if (thread == 0) {
-#pragma unroll
-        for (int n = kWhole ? kParts - 1 : 0; n >= 0; n--) {  // parts before this one that leave with it
-          const int from = filled >= n ? filled - n : filled - n + kBuffers;
+      if (Adder) {
+        ptx::mbarrier_arrive(&s.boxes.full[buffer]);
+      } else {
+        ptx::barrier_sync<2, 128>();
+        if (thread == 0) {
 #pragma unroll
           for (int c = 0; c < 2; c++) {
-            const int column = (Rows == 64 ? (part - n) * 64 : 0) + c * 32;
+            const int column = (Rows == 64 ? part * 64 : 0) + c * 32;
             if (column < p.head_dim)
-              ptx::tensor_reduce_add(dq_map, s.dq[from][c], column, row + (Rows == 64 ? 0 : (part - n) * 64), head, batch);
+              ptx::tensor_reduce_add(dq_map, s.dq[buffer][c], column, row + (Rows == 64 ? 0 : part * 64), head, batch);
           }
           ptx::bulk_commit();
         }
       }
+      buffer = buffer + 1 < kBuffers ? buffer + 1 : 0;
+      if (Adder && buffer == 0) phase ^= 1;
     }
   }
-  if (thread == 0) {
-    ptx::bulk_wait<0>();
-    if (Deterministic && i > 0) ptx::mbarrier_arrive(&s.turn.added[(i - 1) & 1]);
-  }
+  if (!Adder && thread == 0) ptx::bulk_wait<0>();
 }
 
 /// Turns scores q.k into exponents (log2 units, before the subtraction of lse). Softcap: cap * tanh(score / cap) by exp2,

@@ -32,7 +32,7 @@ struct __align__(1024) NarrowShared {
   uint64_t k_full[1], k_free[1], v_full, v_free;
   uint64_t q_full[Tile::kQStages], q_free[Tile::kQStages], dout_full[2], dout_free[2], ds_full[2], ds_free[2];
   uint64_t step_told[kStepRing];
-  TurnBarriers turn;
+  Boxes<Tile::kDqBuffers> boxes;
 };
 
 template <class T, class Tile, bool Softcap, bool Deterministic>
@@ -43,20 +43,21 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
                     const __grid_constant__ CUtensorMap dv_map, const __grid_constant__ BackwardParams p) {
   using Shared = NarrowShared<Tile>;
   constexpr int kD = Tile::kHeadDim, kRows = Tile::kRows, kKeys = Tile::kKeys, kPanels = Tile::kPanels;
+  constexpr bool kAdder = Deterministic || Tile::kAdder;
   extern __shared__ __align__(1024) uint8_t raw[];
   Shared& s = *reinterpret_cast<Shared*>(raw);
   const int warpgroup = threadIdx.x / 128, thread = threadIdx.x % 128, lane = thread % 32;
   if (threadIdx.x == 0) {
-    ptx::mbarrier_init(s.k_full, 1), ptx::mbarrier_init(s.k_free, 12);  // one arrival per warp
+    ptx::mbarrier_init(s.k_full, 1),
+        ptx::mbarrier_init(s.k_free, 12);  // one arrival per warp; q_free: every lane, for what it read of the statistics
     ptx::mbarrier_init(&s.v_full, 1), ptx::mbarrier_init(&s.v_free, 8);
     for (int i = 0; i < 2; i++) {
       ptx::mbarrier_init(&s.ds_full[i], 8), ptx::mbarrier_init(&s.ds_free[i], 4);
       ptx::mbarrier_init(&s.dout_full[i], 1), ptx::mbarrier_init(&s.dout_free[i], 8);
-      ptx::mbarrier_init(&s.turn.mine[i], 1), ptx::mbarrier_init(&s.turn.added[i], 1),
-          ptx::mbarrier_init(&s.turn.passed_on[i], 1);
     }
-    for (int i = 0; i < Tile::kQStages; i++) ptx::mbarrier_init(&s.q_full[i], 33), ptx::mbarrier_init(&s.q_free[i], 8);
+    for (int i = 0; i < Tile::kQStages; i++) ptx::mbarrier_init(&s.q_full[i], 33), ptx::mbarrier_init(&s.q_free[i], 256);
     for (int i = 0; i < kStepRing; i++) ptx::mbarrier_init(&s.step_told[i], 1);
+    if (kAdder) s.boxes.init();
     ptx::mbarrier_init_fence();
   }
   __syncthreads();
@@ -67,15 +68,15 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     if (thread == 0) {
       produce_tiles<kRows, kKeys, kPanels, kPanels>(p, s, &q_map, &k_map, &v_map, &dout_map);
     } else if (thread / 32 == 2) {
-      produce_statistics<kRows, kKeys>(p, s, lane);
+      produce_statistics<kRows, kKeys, kKeys, Deterministic>(p, s, lane);
+    } else if (kAdder && thread == 96) {
+      add_boxes<kRows, kPanels, 1, Deterministic>(p, s, &dq_map);
     } else if (Deterministic && thread == 32) {
-      await_turns<kRows, kKeys>(p, s);
-    } else if (Deterministic && thread == 96) {
-      pass_turns_on<kRows>(p, s);
+      pass_turns_on(p, s);
     }
   } else if (warpgroup == 3) {
     ptx::registers_lower<Tile::kDqRegisters>();
-    make_dq<T, kRows, kKeys, kPanels, Deterministic>(p, s, &dq_map, thread);
+    make_dq<T, kRows, kKeys, kPanels, kAdder>(p, s, &dq_map, thread);
   } else {
     ptx::registers_raise<Tile::kConsumerRegisters>();
     using Scores = ptx::Wgmma<kRows, T>;
@@ -142,7 +143,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         ptx::pin(x);
         ptx::wgmma_wait<0>();  // dK of the step before
         ptx::pin(a);
-        if (!(flags & kFirst) && lane == 0) ptx::mbarrier_arrive(&s.q_free[q_stage ? q_stage - 1 : Tile::kQStages - 1]);
+        if (!(flags & kFirst)) ptx::mbarrier_arrive(&s.q_free[q_stage ? q_stage - 1 : Tile::kQStages - 1]);
 #pragma unroll
         for (int k = 0; k < kRows / 4; k++) a[k] = ptx::pack<T>(x[2 * k], x[2 * k + 1]);
         if (flags & kFirst) ptx::mbarrier_wait(&s.v_full, items & 1);
@@ -200,15 +201,14 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       ptx::pin(dk);
       ptx::pin(dv);
       ptx::pin(a);
-      if (lane == 0) {
-        ptx::mbarrier_arrive(&s.q_free[q_stage ? q_stage - 1 : Tile::kQStages - 1]);
-        ptx::mbarrier_arrive(s.k_free);
-      }
+      ptx::mbarrier_arrive(&s.q_free[q_stage ? q_stage - 1 : Tile::kQStages - 1]);
+      if (lane == 0) ptx::mbarrier_arrive(s.k_free);
       const Step& step = s.steps[(i - 1) % kStepRing];
       // Kept over the steps, it is spilled for float16; read again, ptxas serialises the products for bfloat16.
       const int lane = std::is_same<T, __half>::value ? own_thread() % 32 : thread % 32;
-      const int part = Deterministic ? 0 : step.flags >> kPartShift;
-      if (p.store && part && !gather_portions<2>(p, Portion(part), w, thread, dk, dv, s.told[w], sync_consumer)) {
+      const int part = step.flags >> kPartShift;
+      if ((Deterministic || p.store) && part &&
+          !gather_portions<2>(p, Portion(part), w, thread, dk, dv, s.told[w], sync_consumer)) {
         // another portion of this tile writes it
       } else if (p.store) {
         const int row = step.first_key + key;

@@ -14,7 +14,9 @@ int launch_backward(const RfHopperBackwardParams& c, cudaStream_t stream) {
   const bool softcap = c.softcap > 0.f;
   if constexpr (Tile::kPairs) {
     const auto launch = [&](auto kernel) { return launch_backward_kernel<Tile, PairShared<Tile>>(kernel, c, maps, p, stream); };
-    if (c.pairs) return softcap ? launch(backward_pair<T, Tile, true>) : launch(backward_pair<T, Tile, false>);
+    if (c.pairs && c.turns)
+      return softcap ? launch(backward_pair<T, Tile, true, true>) : launch(backward_pair<T, Tile, false, true>);
+    if (c.pairs) return softcap ? launch(backward_pair<T, Tile, true, false>) : launch(backward_pair<T, Tile, false, false>);
   }
   const auto launch = [&](auto kernel) { return launch_backward_kernel<Tile, NarrowShared<Tile>>(kernel, c, maps, p, stream); };
   if (c.turns) return softcap ? launch(backward_narrow<T, Tile, true, true>) : launch(backward_narrow<T, Tile, false, true>);

@@ -3,17 +3,18 @@
 // A pair takes items of 256 keys. Each CTA owns 128 of them, as a CTA of backward_narrow.cuh does, and both walk over the same
 // query tiles at the same time. Consumers send their dS to the other CTA, too, so that each CTA makes one panel (64 columns) of
 // dQ over all 256 keys: half the additions to global memory, which bound the other kernel. Warpgroups as there; of the producers,
-// warps 1 and 3 send dS. K has one buffer, which makes room for a third stage of dO: an item is long.
+// warps 1 and 3 send dS. In deterministic mode they add dQ's boxes and end turns, and consumers send. K has one buffer, which
+// makes room for a third stage of dO: an item is long.
 //
-// Barriers of CTA c; c' is the other one, h a consumer (0, 1), i a step, j an item.
+// Barriers of CTA c (boxes: see backward_common.cuh); c' is the other one, h a consumer (0, 1), i a step, j an item.
 //   q_full, q_free, dout_full, dout_free, k_full, v_full, v_free, step_told: as in backward_narrow.cuh
 //   k_free        12: consumer and dQ warps, after the last step of j
 //   ds_full[h]    4: the warps of consumer h wrote their half of dS(i)
 //   ds_free[h]    8: dQ warps of c and c', after their products with half h of dS(i) of both CTAs. So c' has what was sent to it
 //                 and has used it: ds and, in c', ds_other may be written again
-//   sent_full[h]  1 and 8 KB: sender h of c announces, the copy by sender h of c' completes. Announced for step i after
-//   ds_full(i),
-//                 thus after ds_free(i - 1), for which dQ of c saw the phase of i - 1 complete: never two announcements in one
+//   sent_full[h]  1 and 8 KB: sender h of c announces, the copy by sender h of c' completes. Announced for step i when half h of
+//                 dS(i) is written, thus after ds_free(i - 1), for which dQ of c saw the phase of i - 1 complete: never two
+//                 announcements in one
 //   claimed[n]    of CTA 1, a ring of 8, 1 and 4 bytes: its producer announces, the leader's n-th claim completes. The leader
 //                 makes it in step n - 1 or later, when its consumers are done with step n - 5, for which they waited for
 //                 ds_free(n - 6). So CTA 1 has told step n - 6, and before that read claim n - 5
@@ -37,7 +38,7 @@ struct __align__(1024) PairShared {
   uint16_t dout[kStages][2][Tile::kRows * 64];
   uint16_t ds[2][Tile::kRows * 64];        // [half of this CTA's keys][query][64 keys]
   uint16_t ds_other[2][Tile::kRows * 64];  // of the other CTA's
-  float dq[2][64 * 32];                    // [32 columns of d][query][32]
+  float dq[1][2][64 * 32];                 // [32 columns of d][query][32]
   Statistics<Tile::kRows, Tile::kKeys> statistics[kStages];
   Step steps[kStepRing];
   Walk walk;
@@ -48,6 +49,7 @@ struct __align__(1024) PairShared {
   uint64_t q_full[kStages], q_free[kStages], dout_full[kStages], dout_free[kStages];
   uint64_t ds_full[2], ds_free[2], sent_full[2];
   uint64_t step_told[kStepRing];
+  Boxes<1> boxes;
 };
 
 /// The next item of the pair: the leader claims it and tells the other. n: how many claims came before.
@@ -108,24 +110,28 @@ __device__ __forceinline__ void produce_pair_tiles(const BackwardParams& p, Shar
   });
 }
 
-/// Sends consumer h's half of each dS to the other CTA. By one thread.
+/// Sends consumer h's half of a dS to the other CTA and announces what comes from there. By one thread.
 template <class Shared>
-__device__ __forceinline__ void send_scores(Shared& s, int h) {
+__device__ __forceinline__ void send_half(Shared& s, int h) {
   const uint32_t other = ptx::cluster_rank() ^ 1;
-  const uint32_t to = ptx::cluster_address(ptx::shared_address(s.ds_other[h]), other);
-  const uint32_t barrier = ptx::cluster_address(ptx::shared_address(&s.sent_full[h]), other);
+  ptx::mbarrier_arrive_expect(&s.sent_full[h], sizeof(s.ds_other[h]));
+  ptx::bulk_send(ptx::cluster_address(ptx::shared_address(s.ds_other[h]), other), s.ds[h], sizeof(s.ds_other[h]),
+                 ptx::cluster_address(ptx::shared_address(&s.sent_full[h]), other));
+}
+/// That of each step.
+template <class Shared>
+__device__ __forceinline__ void send_halves(Shared& s, int h) {
 #pragma unroll 1
   for (int i = 0;; i++) {
     ptx::mbarrier_wait(&s.step_told[i % kStepRing], (i / kStepRing) & 1);
     if (s.steps[i % kStepRing].flags & kStop) break;
     ptx::mbarrier_wait(&s.ds_full[h], i & 1);
-    ptx::mbarrier_arrive_expect(&s.sent_full[h], sizeof(s.ds_other[h]));
-    ptx::bulk_send(to, s.ds[h], sizeof(s.ds_other[h]), barrier);
+    send_half(s, h);
   }
 }
 
 /// The warpgroup of dQ: this CTA's panel of dQ^T = K^T dS^T over the keys of both.
-template <class T, class Tile, class Shared>
+template <class T, class Tile, bool Deterministic, class Shared>
 __device__ __forceinline__ void make_pair_dq(const BackwardParams& p, Shared& s, const CUtensorMap* dq_map, int thread) {
   using Product = ptx::Wgmma<64, T, true, false>;
   constexpr int kSteps = 64 / 16;
@@ -169,7 +175,7 @@ __device__ __forceinline__ void make_pair_dq(const BackwardParams& p, Shared& s,
       for (int k = 0; k < kSteps; k++)
         Product::ss(x, ptx::descriptor(k_other_low + (h * kSteps + k) * 128), ptx::descriptor(other_low + h * 64 * 8 + k * 2));
       ptx::wgmma_commit();
-      if (h == 1) {
+      if (!Deterministic && h == 1) {
         if (thread == 0) ptx::bulk_wait_read<0>();
         ptx::barrier_sync<3, 128>();  // the boxes were read
       }
@@ -181,6 +187,7 @@ __device__ __forceinline__ void make_pair_dq(const BackwardParams& p, Shared& s,
       }
     }
     if (lane == 0 && (flags & kLast)) ptx::mbarrier_arrive(&s.k_free);
+    if (Deterministic) ptx::mbarrier_wait(s.boxes.free, (i & 1) ^ 1);
 #pragma unroll
     for (int j = 0; j < 8; j++)
 #pragma unroll
@@ -189,20 +196,24 @@ __device__ __forceinline__ void make_pair_dq(const BackwardParams& p, Shared& s,
                      "f"(x[j * 4 + e])
                      : "memory");
     ptx::fence_async_proxy();
+    if (Deterministic) {
+      ptx::mbarrier_arrive(s.boxes.full);
+      continue;
+    }
     ptx::barrier_sync<2, 128>();
     if (thread == 0) {
 #pragma unroll
       for (int c = 0; c < 2; c++) {
         const int column = rank * 64 + c * 32;
-        if (column < p.head_dim) ptx::tensor_reduce_add(dq_map, s.dq[c], column, row, head, batch);
+        if (column < p.head_dim) ptx::tensor_reduce_add(dq_map, s.dq[0][c], column, row, head, batch);
       }
       ptx::bulk_commit();
     }
   }
-  if (thread == 0) ptx::bulk_wait<0>();
+  if (!Deterministic && thread == 0) ptx::bulk_wait<0>();
 }
 
-template <class T, class Tile, bool Softcap>
+template <class T, class Tile, bool Softcap, bool Deterministic>
 __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(Tile::kThreads, 1)
     backward_pair(const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap k_map,
                   const __grid_constant__ CUtensorMap v_map, const __grid_constant__ CUtensorMap dout_map,
@@ -218,13 +229,14 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(Tile::kThreads, 1)
     ptx::mbarrier_init(&s.k_full, 1), ptx::mbarrier_init(&s.k_free, 12);
     ptx::mbarrier_init(&s.v_full, 1), ptx::mbarrier_init(&s.v_free, 8);
     for (int i = 0; i < Shared::kStages; i++) {
-      ptx::mbarrier_init(&s.q_full[i], 33), ptx::mbarrier_init(&s.q_free[i], 8);
+      ptx::mbarrier_init(&s.q_full[i], 33), ptx::mbarrier_init(&s.q_free[i], 256);
       ptx::mbarrier_init(&s.dout_full[i], 1), ptx::mbarrier_init(&s.dout_free[i], 8);
     }
     for (int h = 0; h < 2; h++)
       ptx::mbarrier_init(&s.ds_full[h], 4), ptx::mbarrier_init(&s.ds_free[h], 8), ptx::mbarrier_init(&s.sent_full[h], 1);
     for (int i = 0; i < Shared::kClaims; i++) ptx::mbarrier_init(&s.claimed[i], 1);
     for (int i = 0; i < kStepRing; i++) ptx::mbarrier_init(&s.step_told[i], 1);
+    if (Deterministic) s.boxes.init();
     ptx::mbarrier_init_fence();
   }
   __syncthreads();
@@ -236,13 +248,17 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(Tile::kThreads, 1)
     if (thread == 0) {
       produce_pair_tiles<Tile>(p, s, &q_map, &k_map, &v_map, &dout_map);
     } else if (thread / 32 == 2) {
-      produce_statistics<kRows, kKeys>(p, s, lane);
-    } else if (thread == 32 || thread == 96) {
-      send_scores(s, thread / 64);
+      produce_statistics<kRows, kKeys, 2 * kKeys, Deterministic>(p, s, lane);
+    } else if (Deterministic && thread == 96) {
+      add_boxes<kRows, Tile::kPanels, 2, Deterministic>(p, s, &dq_map);
+    } else if (Deterministic && thread == 32) {
+      pass_turns_on(p, s);
+    } else if (!Deterministic && (thread == 32 || thread == 96)) {
+      send_halves(s, thread / 64);
     }
   } else if (warpgroup == 3) {
     ptx::registers_lower<Tile::kDqRegisters>();
-    make_pair_dq<T, Tile>(p, s, &dq_map, thread);
+    make_pair_dq<T, Tile, Deterministic>(p, s, &dq_map, thread);
   } else {
     ptx::registers_raise<Tile::kConsumerRegisters>();
     using Scores = ptx::Wgmma<kRows, T>;
@@ -308,7 +324,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(Tile::kThreads, 1)
         ptx::pin(x);
         ptx::wgmma_wait<0>();  // dK of the step before
         ptx::pin(a);
-        if (!(flags & kFirst) && lane == 0) ptx::mbarrier_arrive(&s.q_free[stage ? stage - 1 : Shared::kStages - 1]);
+        if (!(flags & kFirst)) ptx::mbarrier_arrive(&s.q_free[stage ? stage - 1 : Shared::kStages - 1]);
 #pragma unroll
         for (int k = 0; k < kRows / 4; k++) a[k] = ptx::pack<T>(x[2 * k], x[2 * k + 1]);
         ptx::mbarrier_wait(&s.dout_full[stage], phase);
@@ -332,7 +348,12 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(Tile::kThreads, 1)
         for (int k = 0; k < kRows / 16; k++)
           ptx::stmatrix_x4_trans(ds_store + k * 16 * 128, a[4 * k], a[4 * k + 1], a[4 * k + 2], a[4 * k + 3]);
         ptx::fence_async_proxy();  // before the products: dS is waited for in both CTAs (behind them: 1-2 % slower)
-        __syncwarp();
+        if (Deterministic) {       // the producers that would send keep the turns
+          sync_consumer();
+          if (thread == 0) send_half(s, w);
+        } else {
+          __syncwarp();
+        }
         if (lane == 0) ptx::mbarrier_arrive(&s.ds_full[w]);
         // S of the next step; the last step of an item repeats its own, which nobody reads.
         int next = stage;
@@ -354,8 +375,8 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(Tile::kThreads, 1)
       ptx::pin(dk);
       ptx::pin(dv);
       ptx::pin(a);
+      ptx::mbarrier_arrive(&s.q_free[stage]);
       if (lane == 0) {
-        ptx::mbarrier_arrive(&s.q_free[stage]);
         ptx::mbarrier_arrive(&s.k_free);
         ptx::mbarrier_arrive(&s.v_free);
       }
@@ -367,7 +388,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(Tile::kThreads, 1)
         const int consumer = 2 * static_cast<int>(ptx::cluster_rank()) + w;
         return gather_portions<4>(p, Portion(part), consumer, thread, dk, dv, s.told[w], sync_consumer);
       };
-      if (p.store && part && !gather()) {
+      if ((Deterministic || p.store) && part && !gather()) {
         // another portion of this tile writes it
       } else if (p.store) {
         const int row = step.first_key + key;

@@ -29,7 +29,7 @@ struct __align__(1024) WideShared {
   uint64_t k_full[1], k_free[1], v_full, v_free;
   uint64_t q_full[2], q_free[2], dout_full[2], dout_free[2], p_full[2], p_free[2], ds_full[2], ds_free[2];
   uint64_t step_told[kStepRing];
-  TurnBarriers turn;
+  Boxes<2> boxes;
 };
 
 /// r[0 .. 3]: what stmatrix_x4_trans stored at the same address.
@@ -49,6 +49,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   using Shared = WideShared<Tile>;
   constexpr int kDoutStages = Tile::kDoutStages;
   constexpr int kPanels = Tile::kPanels, kPanelsV = Tile::kPanelsV;
+  constexpr bool kAdder = Deterministic || Tile::kAdder;
   constexpr uint32_t kPanel = 64 * 128 / 16;  // in descriptor units, as are all strides of descriptors
   constexpr uint32_t kStage = kPanel * kPanels, kStageV = kPanel * kPanelsV;
   extern __shared__ __align__(1024) uint8_t raw[];
@@ -56,16 +57,15 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   const int warpgroup = threadIdx.x / 128, thread = threadIdx.x % 128, lane = thread % 32;
   if (threadIdx.x == 0) {
     ptx::mbarrier_init(s.k_full, 1), ptx::mbarrier_init(&s.v_full, 1);
-    ptx::mbarrier_init(s.k_free, 8), ptx::mbarrier_init(&s.v_free, 4);  // one arrival per warp
+    ptx::mbarrier_init(s.k_free, 8), ptx::mbarrier_init(&s.v_free, 4);  // one arrival per warp; q_free: every lane
     for (int i = 0; i < 2; i++) {
       ptx::mbarrier_init(&s.q_full[i], 33), ptx::mbarrier_init(&s.dout_full[i], 1);
-      ptx::mbarrier_init(&s.q_free[i], 8), ptx::mbarrier_init(&s.dout_free[i], 8);
+      ptx::mbarrier_init(&s.q_free[i], 256), ptx::mbarrier_init(&s.dout_free[i], 8);
       ptx::mbarrier_init(&s.p_full[i], 128), ptx::mbarrier_init(&s.p_free[i], 128);  // every lane: not wgmma alone reads P
       ptx::mbarrier_init(&s.ds_full[i], 4), ptx::mbarrier_init(&s.ds_free[i], 8);
-      ptx::mbarrier_init(&s.turn.mine[i], 1), ptx::mbarrier_init(&s.turn.added[i], 1),
-          ptx::mbarrier_init(&s.turn.passed_on[i], 1);
     }
     for (int i = 0; i < kStepRing; i++) ptx::mbarrier_init(&s.step_told[i], 1);
+    if (kAdder) s.boxes.init();
     ptx::mbarrier_init_fence();
   }
   __syncthreads();
@@ -98,15 +98,15 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     if (thread == 0) {
       produce_tiles<64, 64, kPanels, kPanelsV>(p, s, &q_map, &k_map, &v_map, &dout_map);
     } else if (thread / 32 == 2) {
-      produce_statistics<64, 64>(p, s, lane);
+      produce_statistics<64, 64, 64, Deterministic>(p, s, lane);
+    } else if (kAdder && thread == 96) {
+      add_boxes<64, kPanels, 1, Deterministic>(p, s, &dq_map);
     } else if (Deterministic && thread == 32) {
-      await_turns<64, 64>(p, s);
-    } else if (Deterministic && thread == 96) {
-      pass_turns_on<64>(p, s);
+      pass_turns_on(p, s);
     }
   } else if (warpgroup == 3) {
     ptx::registers_lower<Tile::kDqRegisters>();
-    make_dq<T, 64, 64, kPanels, Deterministic>(p, s, &dq_map, thread);
+    make_dq<T, 64, 64, kPanels, kAdder>(p, s, &dq_map, thread);
   } else if (warpgroup == 1) {
     ptx::registers_raise<Tile::kConsumerRegisters>();
     constexpr int kN = Tile::kFirstK * 64, kNV = Tile::kFirstV * 64;
@@ -161,10 +161,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         exponentiate<Softcap>(x, rows.negative_lse + c0, p.scale_log2);
         ptx::pin(x);
         ptx::wgmma_wait<0>();  // dK of the step before
-        if (running && lane == 0) {
-          ptx::mbarrier_arrive(&s.q_free[stage ^ 1]);
-          ptx::mbarrier_arrive(&s.ds_free[stage ^ 1]);
-        }
+        if (running) ptx::mbarrier_arrive(&s.q_free[stage ^ 1]);
+        if (running && lane == 0) ptx::mbarrier_arrive(&s.ds_free[stage ^ 1]);
         running = true;
 #pragma unroll
         for (int k = 0; k < 16; k++) a[k] = ptx::pack<T>(x[2 * k], x[2 * k + 1]);
@@ -205,8 +203,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       ptx::wgmma_wait<0>();
       ptx::pin(dk);
       ptx::pin(dv);
+      ptx::mbarrier_arrive(&s.q_free[(i - 1) & 1]);
       if (lane == 0) {
-        ptx::mbarrier_arrive(&s.q_free[(i - 1) & 1]);
         ptx::mbarrier_arrive(&s.ds_free[(i - 1) & 1]);
         ptx::mbarrier_arrive(s.k_free);
       }
@@ -292,7 +290,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         issue_scores(next % kDoutStages);
         ptx::wgmma_wait<1>();  // dK
         ptx::pin(a);
-        if (lane == 0) ptx::mbarrier_arrive(&s.q_free[stage]);
+        ptx::mbarrier_arrive(&s.q_free[stage]);
         ptx::wgmma_wait<0>();  // dP of the next step
         ptx::pin(x);
         i++;

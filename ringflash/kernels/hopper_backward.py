@@ -113,8 +113,8 @@ def backward(
     """Adds the gradients of the Slices into float32 dq, dk, dv; the contract is ``ringflash.kernels.Kernel.backward``.
 
     ``sm_margin`` multiprocessors are left free. Gradients whose rows are not 16-byte aligned cost a temporary. With
-    ``deterministic`` gradients repeat bitwise on one kind of GPU: additions to a tile of dq take turns, for which 4 bytes per
-    tile, head and batch are used. ValueError for a scale that is not positive.
+    ``deterministic`` gradients repeat bitwise on one kind of GPU: additions to a tile of dq take turns, for which 4 or 8 bytes
+    per tile, head and batch are used. ValueError for a scale that is not positive.
     """
     if not scale > 0.0:
         raise ValueError(f"scale={scale}: the Hopper kernels need a positive scale; use backend='reference' or negate q")
@@ -276,8 +276,8 @@ def _launch(
     if not len(work.items):
         return
     items, runs, bands, *order = work.on(q.device)
-    turns = torch.zeros(B * H * -(-Sq // rows), dtype=torch.int32, device=q.device) if order else None
     ways = 2 if work.pairs else 1
+    turns = torch.zeros(B * H * -(-Sq // rows) * ways, dtype=torch.int32, device=q.device) if order else None
     portions = torch.empty(work.slots * ways * portion, dtype=torch.float32, device=q.device) if work.slots else None
     stream = streams.current_stream(q.device)
     counters = streams.counters(q.device, stream, 1 + 2 * MAX_SLOTS).data_ptr()  # of items taken, and of portions done

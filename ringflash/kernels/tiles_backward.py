@@ -33,16 +33,18 @@ first."""
 MAX_PORTIONS = 127
 """Of one tile of keys; MAX_SLOTS of all: what fits the words of an item."""
 MAX_SLOTS = 1 << 13
-COHORT_ROWS = 4096
-"""Longer queries do without cohorts: at different query tiles at once, CTAs share nothing in L2. Deterministic TFLOP/s at D 128,
-full: 1k 378 without and 432 with cohorts, 4k 438 and 484, but 16k 515 and 462, 32k 32/8 545 and 379 (long ones from two runs)."""
 GROUP_BYTES = {64: 8 << 20, 256: 32 << 20}
 """By head dim, up to: share of the L2 that the queries, dout and dq of the heads in work at the same time may take. Measured on
 an H200 with 8 and 32 MB, TFLOP/s: D 64 at 4k tokens 500, 429 full and 468, 435 causal; D 128 at 8k 572, 566 and 552, 570."""
-PAIR_STEP, PAIR_COST = 0.88, 2.0
+TURNS_GROUP_BYTES = 32 << 20
+"""The same for deterministic lists: tiles of one head wait for each other, so more heads at once are more (D 64 by 5 to 16 %)."""
+PAIR_STEP, PAIR_COST = 0.92, 1.0
 """What a pair of CTAs takes for a step of twice the keys, and more for an item (its keys are loaded late), in steps of a CTA
-alone. Measured at D 128, full and causal: pairs ahead by 1 and -7 % at 1k tokens, 2 and -1 % at 2k, 8 and 5 % at 4k, 11 and
-10 % at 16k; 8k 32/8 9 and 6 %, 32k 32/8 9 and 10 %."""
+alone. Measured at D 128, adding, full and causal: pairs ahead by 6 and 1 % at 1k tokens, 0 and -3 % at 2k, 9 and 8 % at 4k, 13
+and 11 % at 16k; writing, whole pass: 0 and -6 % at 1k, 1 and -4 % at 2k."""
+TURNS_STEP = 1.08
+"""What a CTA alone takes for a step in deterministic mode; a pair needs half the turns. Pairs were ahead there by 16 and 9 % at
+1k tokens, 4 and 8 % at 2k (whole pass: 6 and -6, 4 and 2 %)."""
 SIMULATED_ITEMS = 8192
 """How much of the end of a list its duration is simulated for."""
 FAR = 1 << 29
@@ -75,11 +77,8 @@ class WorkList:
     """Tables of one launch, int32.
 
     items: (n, 8): runs [begin, end), first key, batch; KV head, query heads [begin, end) of the tensor, part.
-    part: 0; or, of a list that writes, slot | index << 13 | count << 21: one of `count` portions of a tile of keys, whose
-    partial results are slots slot .. slot + count - 1; or, of a deterministic list, first << 8 | n: this tile belongs to the
-    cohort of the tiles first .. first + n - 1, of which tile first + j begins at query tile j * (query tiles) // n and walks
-    around, so that they are at different query tiles at any time. Cohorts come last to first, and n never exceeds ctas: all of
-    one work together.
+    part: 0; or, of a list that writes or a deterministic one, slot | index << 13 | count << 21: one of `count` portions of a
+    tile of keys, whose partial results are slots slot .. slot + count - 1.
     runs: (n, 4): query tiles [begin, end), first band, bands (0: all visible) | passes before this one << 16.
     bands: (n, 8): keys [r0, r1) are seen by queries [c0, c1) where lo <= query - key <= hi; those of one run share no key.
     visit_offsets, visits: deterministic lists only. Query tile m is visited by the key tiles of the intervals
@@ -118,12 +117,13 @@ def work_list(slices: Slices, shape: Shape, *, deterministic: bool = False, writ
     """The list for one launch, for pairs of CTAs where they are expected to be done sooner.
 
     No two items share keys with ``write`` (dk and dv are written, not added to) unless they are portions, nor with
-    ``deterministic``, where key tiles also come last to first and no CTAs pair.
+    ``deterministic``. There, too, whoever visits a query tile comes before all that visit it later (key tiles last to first,
+    and, of one, passes in turn): they wait for each other, but never for an item that was not begun.
     """
     alone = _work_list(slices, replace(shape, pairs=False), deterministic, write)
-    if deterministic or not shape.pairs or shape.ctas < 2:
+    if not shape.pairs or shape.ctas < 2:
         return alone
-    paired = _work_list(slices, replace(shape, keys=2 * shape.keys, ctas=shape.ctas // 2), False, write)
+    paired = _work_list(slices, replace(shape, keys=2 * shape.keys, ctas=shape.ctas // 2), deterministic, write)
     return paired if paired.duration < alone.duration else alone
 
 
@@ -132,59 +132,37 @@ def _work_list(slices: Slices, shape: Shape, deterministic: bool, write: bool) -
     tile, begin, end, band_begin, band_count, bands = _runs_of(table, shape)
     if deterministic:
         tile, begin, end, band_begin, band_count = _number_passes(tile, begin, end, band_begin, band_count)
-    order = np.lexsort((begin, tile))
+    order = np.lexsort((begin, band_count >> 16, tile))
     tile, begin, end, band_begin, band_count = (x[order] for x in (tile, begin, end, band_begin, band_count))
     runs = np.stack([begin, end, band_begin, band_count], axis=1)
     each = WRITE_COST if write else ADD_COST
-    step = 1.0
+    step = TURNS_STEP if deterministic else 1.0
     if shape.pairs:
         each, step = each + PAIR_COST, PAIR_STEP
-    if deterministic:
-        items, runs = _rotate(_items(tile, runs, shape, last_first=True)[0], runs, shape)
-        offsets, visits = _visits(tile, begin, end, band_count >> 16, -(-shape.q_len // shape.rows))
-        tables = _int32(items), _int32(runs), _int32(bands)
-        return WorkList(*tables, shape.keys, False, 0.0, len(items), 0, _int32(offsets), _int32(visits))
-    undivided, steps, cost = _items(tile, runs, shape)
+    undivided, steps, cost = _items(tile, runs, shape, last_first=deterministic)
     best, slots, duration = (undivided, runs), 0, _duration(cost * step + each, shape.ctas)
-    for share, shortest in _bounds(write, shape.portions):
+    numbered = write or deterministic
+    for share, shortest in _bounds(numbered, shape.portions):
         counts = np.minimum(_portions(cost, shape, share, shortest), MAX_PORTIONS)
-        items, all_runs, length = _divide(undivided, runs, steps, counts, shape.heads // shape.kv_heads, numbered=write)
+        group = shape.heads // shape.kv_heads
+        items, all_runs, length = _divide(undivided, runs, steps, counts, group, numbered=numbered, aligned=deterministic)
         portion = items[:, 7] != 0
         shorter = _duration(length * step + each + portion * PORTION_COST, shape.ctas)
         if shorter < duration and int(portion.sum()) * (2 if shape.pairs else 1) <= MAX_SLOTS:
             best, slots, duration = (items, all_runs), int(portion.sum()), shorter
     tables = _int32(best[0]), _int32(best[1]), _int32(bands)
-    return WorkList(*tables, shape.keys, shape.pairs, duration, len(undivided), slots)
+    work = WorkList(*tables, shape.keys, shape.pairs, duration, len(undivided), slots)
+    if not deterministic:
+        return work
+    offsets, visits = _visits(tile, begin, end, band_count >> 16, -(-shape.q_len // shape.rows))
+    return replace(work, visit_offsets=_int32(offsets), visits=_int32(visits))
 
 
-def _bounds(write: bool, portions: bool) -> tuple[tuple[float, float], ...]:
+def _bounds(numbered: bool, portions: bool) -> tuple[tuple[float, float], ...]:
     """The divisions to try, as arguments of ``_portions``."""
-    if not write:
+    if not numbered:
         return PORTIONS[:1]
     return PORTIONS if portions else ()
-
-
-def _rotate(items: IntArray, runs: IntArray, shape: Shape) -> tuple[IntArray, IntArray]:
-    """The list with cohorts where every tile of keys meets every query tile, once: else all would begin at the first query tile
-    and wait for each other's turns."""
-    q_tiles, n = -(-shape.q_len // shape.rows), -(-shape.k_len // shape.keys)
-    every = len(runs) == n == len(np.unique(items[:, 2])) and (runs[:, 0] == 0).all() and (runs[:, 1] == q_tiles).all()
-    if n == 1 or q_tiles == 1 or shape.q_len > COHORT_ROWS or not every:
-        return items, runs
-    tile = np.arange(n)
-    size = -(-n // -(-n // min(shape.ctas, MAX_PORTIONS)))
-    first = tile // size * size
-    many = np.minimum(size, n - first)
-    begins = (tile - first) * q_tiles // many
-    rotated = np.repeat(runs, 2, axis=0)  # runs come by tile
-    rotated[::2, 0], rotated[1::2, 1] = begins, begins
-    kept = np.stack([begins < q_tiles, begins > 0], axis=1).ravel()
-    offsets = np.concatenate([[0], np.cumsum(kept)])
-    items = items.copy()
-    of = items[:, 2] // shape.keys
-    items[:, 0], items[:, 1] = offsets[2 * of], offsets[2 * of + 2]
-    items[:, 7] = np.where(many[of] > 1, first[of] << 8 | many[of], 0)
-    return items, rotated[kept]
 
 
 def _int32(x: IntArray) -> Int32Array:
@@ -214,8 +192,8 @@ def _runs_of(table: tiles.TileTable, shape: Shape) -> tuple[IntArray, IntArray, 
 def _items(tile: IntArray, runs: IntArray, shape: Shape, last_first: bool = False) -> tuple[IntArray, IntArray, FloatArray]:
     """(items, steps of one head of each, steps of each): one item per tile of keys and KV head.
 
-    Longest first inside groups of KV heads that fit L2 together; or, with ``last_first``, key tiles from the last to the first,
-    one KV head after the other.
+    Longest first inside groups of KV heads that fit L2 together; or, with ``last_first``, key tiles from the last to the first.
+    There the groups also spread who waits: tiles of one head that begin at the same time and place begin one turn apart.
     """
     group = shape.heads // shape.kv_heads
     tile_of, first = np.unique(tile, return_index=True)
@@ -223,15 +201,12 @@ def _items(tile: IntArray, runs: IntArray, shape: Shape, last_first: bool = Fals
     cumulated = np.concatenate([[0], np.cumsum(runs[:, 1] - runs[:, 0])])
     steps = (cumulated[last] - cumulated[first])[: len(tile_of)]
     pairs = shape.batch * shape.kv_heads
-    if last_first:
-        which, pair = np.tile(np.arange(len(tile_of))[::-1], pairs), np.repeat(np.arange(pairs), len(tile_of))
-    else:
-        share = next(size for dims, size in GROUP_BYTES.items() if shape.head_dim <= dims)
-        together = max(1, share // (group * shape.q_len * shape.head_dim * 8))
-        longest = np.argsort(-steps, kind="stable")
-        sizes = [min(together, pairs - a) for a in range(0, pairs, together)]
-        which = np.concatenate([np.repeat(longest, n) for n in sizes])
-        pair = np.concatenate([np.tile(np.arange(n) + i * together, len(longest)) for i, n in enumerate(sizes)])
+    share = TURNS_GROUP_BYTES if last_first else next(n for dims, n in GROUP_BYTES.items() if shape.head_dim <= dims)
+    together = max(1, share // (group * shape.q_len * shape.head_dim * 8))
+    order = np.arange(len(tile_of))[::-1] if last_first else np.argsort(-steps, kind="stable")
+    sizes = [min(together, pairs - a) for a in range(0, pairs, together)]
+    which = np.concatenate([np.repeat(order, n) for n in sizes])
+    pair = np.concatenate([np.tile(np.arange(n) + i * together, len(order)) for i, n in enumerate(sizes)])
     items = np.zeros((len(which), 8), dtype=np.int64)
     items[:, 0], items[:, 1], items[:, 2] = first[which], last[which], tile_of[which] * shape.keys
     items[:, 3], items[:, 4] = pair // shape.kv_heads, pair % shape.kv_heads
@@ -248,10 +223,17 @@ def _portions(cost: FloatArray, shape: Shape, share: float, shortest: float) -> 
 
 
 def _divide(
-    items: IntArray, runs: IntArray, steps: IntArray, portions: IntArray, group: int, numbered: bool = False
+    items: IntArray,
+    runs: IntArray,
+    steps: IntArray,
+    portions: IntArray,
+    group: int,
+    numbered: bool = False,
+    aligned: bool = False,
 ) -> tuple[IntArray, IntArray, FloatArray]:
     """(items, runs, steps of each item), divided by query heads first, then by query tiles; dk and dv are additions, so any
-    division is correct. ``numbered``: word 7 of an item says which portion it is."""
+    division is correct. ``numbered``: word 7 of an item says which portion it is. ``aligned``: portions of all tiles of keys end
+    at the same query tiles, else those that take turns wait for each other's beginning."""
     parts: dict[tuple[int, int], list[tuple[int, int, int]]] = {}  # (first run, q portions) -> [(run begin, end, steps)]
     more_runs: list[list[int]] = []
     out: list[list[int]] = []
@@ -263,20 +245,24 @@ def _divide(
             cost.append(n * float(item[6] - item[5]))
             continue
         by_heads = min(wanted, group)
-        by_tiles = min(-(-wanted // group), n)
+        by_tiles = min(-(-wanted // group), n, MAX_PORTIONS // by_heads)
         key = (item[0], by_tiles)
         if key not in parts:
-            parts[key] = (
-                [(item[0], item[1], n)] if by_tiles == 1 else _cut(runs[item[0] : item[1]], n, by_tiles, len(runs), more_runs)
-            )
-        begin = len(out)
+            own = runs[item[0] : item[1]]
+            if by_tiles == 1:
+                parts[key] = [(item[0], item[1], n)]
+            elif aligned:
+                parts[key] = _cut_aligned(own, n, by_tiles, len(runs), more_runs)
+            else:
+                parts[key] = _cut(own, n, by_tiles, len(runs), more_runs)
+        begin, count = len(out), by_heads * len(parts[key])
         for run_begin, run_end, portion in parts[key]:
             for h in range(by_heads):
                 a, b = item[5] + h * group // by_heads, item[5] + (h + 1) * group // by_heads
-                part = slot | (len(out) - begin) << 13 | by_heads * by_tiles << 21 if numbered else 0
+                part = slot | (len(out) - begin) << 13 | count << 21 if numbered else 0
                 out.append([run_begin, run_end, item[2], item[3], item[4], a, b, part])
                 cost.append(portion * float(b - a))
-        slot += by_heads * by_tiles
+        slot += count
     all_runs = np.concatenate([runs, np.array(more_runs, dtype=np.int64).reshape(-1, 4)])
     return np.array(out, dtype=np.int64).reshape(-1, 8), all_runs, np.array(cost)
 
@@ -293,6 +279,21 @@ def _cut(own: IntArray, steps: int, n: int, base: int, more_runs: list[list[int]
             if hi > lo:
                 more_runs.append([lo, hi, run[2], run[3]])
         result.append((begin, base + len(more_runs), b - a))
+    return result
+
+
+def _cut_aligned(own: IntArray, steps: int, n: int, base: int, more_runs: list[list[int]]) -> list[tuple[int, int, int]]:
+    """As ``_cut``, but at multiples of a power of two of query tiles, the smallest that makes no more than n portions."""
+    size = 1
+    while size * n < steps or len(set(np.concatenate([np.arange(a // size, (b - 1) // size + 1) for a, b in own[:, :2]]))) > n:
+        size *= 2
+    result = []
+    for at in range(int(own[:, 0].min()) // size * size, int(own[:, 1].max()), size):
+        begin = base + len(more_runs)
+        pieces = [[max(a, at), min(b, at + size), c, d] for a, b, c, d in own.tolist() if max(a, at) < min(b, at + size)]
+        more_runs.extend(pieces)
+        if pieces:
+            result.append((begin, begin + len(pieces), sum(b - a for a, b, *_ in pieces)))
     return result
 
 

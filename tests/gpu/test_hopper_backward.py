@@ -453,8 +453,8 @@ def test_deterministic_gradients_repeat_bitwise(case: Case, dims: tuple[int, int
 @pytest.mark.parametrize("sm_margin", [0, 100, 128, 131])
 @pytest.mark.parametrize(("q_len", "k_len"), [(2000, 2100), (130, 3000), (3000, 130)])
 @pytest.mark.parametrize("dims", [(128, 128), (64, 64), (256, 256)], ids=str)
-def test_cohorts_take_turns(dims: tuple[int, int], q_len: int, k_len: int, sm_margin: int) -> None:
-    """Under a full mask each tile of keys begins at another query tile; with few CTAs there are several cohorts."""
+def test_full_masks_take_turns(dims: tuple[int, int], q_len: int, k_len: int, sm_margin: int) -> None:
+    """Under a full mask all tiles of keys begin at the first query tile; few CTAs take them one after the other."""
     case = Case("full", 1, q_len, k_len, 4, 2, [(0, q_len, 0, k_len, -OPEN, OPEN)])
     x, scale = inputs_of(case, torch.bfloat16, *dims), dims[0] ** -0.5
     exact, plain = exact_and_plain(case, x, scale=scale)
