@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
-from ringflash.parallel.transport import Cargo, copy_rows
+from ringflash import Mask, SimulatedWorld
+from ringflash.parallel.plan import Schedule
+from ringflash.parallel.transport import Cargo, Label, Transport, copy_rows, itinerary
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
@@ -33,5 +36,35 @@ def test_what_was_packed_is_unpacked(dtype: torch.dtype, widths: tuple[int, ...]
     thin = [torch.randn(2, 3, 9, dtype=acc) for _ in range(narrow)]
     cargo = Cargo(wide, thin)
     buffer = torch.full(cargo.shape(9), torch.nan, dtype=dtype)
-    cargo.pack(buffer)
+    cargo.pack(buffer, ((2, 5), (7, 8)))
+    assert [bool(row.isnan().any()) for row in buffer.flatten(1)[:, :1]] == [row not in (2, 3, 4, 7) for row in range(9)]
+    cargo.pack(buffer, ((0, 9),))
     assert all(torch.equal(a, b) for a, b in zip(cargo.unpack(buffer), (*wide, *thin), strict=True))
+
+
+def poisoned(self: Transport, label: Label, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.full(shape, torch.nan, dtype=dtype, device=device)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag", "striped"])
+@pytest.mark.parametrize("mask", [Mask.causal(window=9), Mask.causal(), Mask.window(20, 3), Mask.documents([50, 3, 75])], ids=str)
+@pytest.mark.parametrize(
+    "schedule", [Schedule("ring"), Schedule("allgather", travels="q"), Schedule("double_ring", inner=2, pieces=2)], ids=str
+)
+def test_all_rows_that_leave_are_packed(schedule: Schedule, mask: Mask, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where leased memory is NaN until it is written, a world's results are those of one device."""
+    monkeypatch.setattr(Transport, "lease", poisoned)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, dout = (torch.randn(1, 128, h, 8, generator=generator, dtype=torch.float64) for h in (4, 2, 2, 4))
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    outs = [world.attention(*leaves, mask=mask) for world in (SimulatedWorld(4, layout, schedule), SimulatedWorld(1))]
+    found, expected = ((out, *torch.autograd.grad(out, leaves, dout)) for out in outs if isinstance(out, Tensor))
+    assert all(torch.allclose(a, b, rtol=0, atol=1e-12) for a, b in zip(found, expected, strict=True))
+
+
+def test_a_window_sends_and_packs_the_edge_only() -> None:
+    world = SimulatedWorld(4, "contiguous", "allgather")
+    plans = [world.plan(rank, Mask.causal(window=300), 8192, 8192, 2, 2) for rank in range(4)]
+    assert [itinerary(p).leaving for p in plans] == [((2048 - 299, 2048),)] * 3 + [()]
+    everything = world.plan(0, Mask.causal(), 8192, 8192, 2, 2)
+    assert itinerary(everything).leaving == ((0, 2048),)
