@@ -28,7 +28,7 @@ from ringflash.testing import RankPool
 
 WORLD, NODE = 4, 2
 HEADS, HEAD_DIM = 32, 128
-READINGS = 3
+READINGS, TIMEOUT_S = 3, 60.0
 MB = 1 << 20
 
 _group: dist.ProcessGroup | None = None
@@ -88,7 +88,7 @@ def link_GBps(rank: int, nbytes: int = 128 * MB) -> tuple[float, float]:  # noqa
     """What crosses between the hosts in one direction, while both directions of both pairs are busy: by one lane for chunks, as
     in a forward pass, and with one for gradients beside it."""
     other = (rank + NODE) % WORLD
-    lanes = list(far_groups(_whole(), torch.device("cuda", rank)).values())
+    lanes = list(far_groups(_whole(), torch.device("cuda", rank), TIMEOUT_S).values())
     sent, received = torch.zeros(nbytes, dtype=torch.uint8, device="cuda"), torch.zeros(nbytes, dtype=torch.uint8, device="cuda")
 
     def exchange(groups: Sequence[dist.ProcessGroup]) -> None:
@@ -130,7 +130,10 @@ def link_bytes(cp: rf.ContextParallel, seqlen: int, kv_heads: int) -> tuple[int,
 def measure(rank: int, seqlen: int, kv_heads: int, GBps: tuple[float, float]) -> list[Reading]:
     mask = rf.Mask.causal()
     schedules = {"double": Schedule("double_ring", inner=NODE), "ring": Schedule("ring")}
-    contexts = {name: rf.ContextParallel(_group, "zigzag", schedule, transport="p2p") for name, schedule in schedules.items()}
+    contexts = {
+        name: rf.ContextParallel(_group, "zigzag", schedule, transport="p2p", timeout_s=TIMEOUT_S)
+        for name, schedule in schedules.items()
+    }
 
     def passes(cp: rf.ContextParallel | None, tokens: int) -> dict[str, Callable[[], object]]:
         q, k, v = (torch.randn(1, tokens, h, HEAD_DIM, device="cuda", dtype=torch.bfloat16) for h in (HEADS, kv_heads, kv_heads))

@@ -32,8 +32,8 @@ def commit(given: str | float | None = None) -> str:
     if given is not None:
         from hydra.core.hydra_config import HydraConfig
 
-        typed = (word.lstrip("+").split("=", 1) for word in HydraConfig.get().overrides.task)
-        return str(next(value for name, value in typed if name == "commit"))
+        typed = dict(word.lstrip("+").partition("=")[::2] for word in HydraConfig.get().overrides.task)  # the last one counts
+        return typed.get("commit", str(given))
     try:
         done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
     except FileNotFoundError:

@@ -290,7 +290,7 @@ class ContextParallel(Sharding):
 
     def _p2p(self, device: torch.device) -> P2P:
         """With connections of its own for the slow links of a double ring."""
-        far = far_groups(self.group, device) if self.relays else None
+        far = far_groups(self.group, device, self.timeout_s) if self.relays else None
         return P2P(self.group, self.timeout_s, self.agreement.last_word, far)
 
     def _meet_on_one_host(self, device: torch.device) -> None:

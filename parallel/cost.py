@@ -17,6 +17,7 @@ from ringflash.mask import Mask
 from ringflash.parallel.memory import Peak, Rows, Shape, backward_peak, forward_peak
 from ringflash.parallel.plan import Plan, PlanKey, Transfer, make_plan, traffic
 from ringflash.parallel.tables import DeviceTable, Link, LinkTable, Rate, Tables
+from ringflash.parallel.transport import itinerary
 from ringflash.parallel.work import Work, rank_areas, work_of
 
 __all__ = [
@@ -269,7 +270,8 @@ class _Replay:
                     loads.setdefault(post.step, {})[rank] = [self._load(plan, t, self.row[rank].moved) for t in post.transfers]
                 if not self.clocks[rank].packed and any(t.owner == plan.rank for t in post.transfers):
                     self.clocks[rank].packed = True
-                    self.clocks[rank].now += self._copy_s(2 * plan.steps[0].rows * self.row[rank].moved)
+                    packed = sum(stop - start for start, stop in itinerary(plan).leaving)
+                    self.clocks[rank].now += self._copy_s(2 * packed * self.row[rank].moved)
         for step in sorted(loads):
             for rank, span in self._move("chunks", step, loads[step]).items():
                 self.clocks[rank].pending[step] = span

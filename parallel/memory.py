@@ -385,7 +385,7 @@ def lean_bytes(plan: Plan, call: Demand) -> int:
     """What is little beyond a call's tensors: a tenth of them, and 1.1 times two of the world's longest stages (what transports
     hold is as large on all ranks)."""
     row = plan.share.kv_heads * call.shape.dims * call.shape.dtype_bytes
-    stage = (plan.longest_stage() if plan.rings > 1 else 0) * row
+    stage = plan.longest_stage() * row
     return (tensor_bytes(plan, call.shape, call.backward) + 11 * 2 * stage * call.shape.batch) // 10
 
 

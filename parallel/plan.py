@@ -52,9 +52,9 @@ anything. Measured on 4 H200 without it: 10 of 50 ms waiting for the last gradie
 BACKWARD_ROWS = (16_384, 32_768)
 BACKWARD_BYTES = 256 << 20
 """Rows to which "auto" fills stages of a backward pass: gradients leave stage by stage, and the last ones should not be all of
-them. The larger number where the float32 gradients of so many rows are no more bytes than this. Fewer, larger calls have fewer
-ends at which multiprocessors run out of work: on 4 H200 at 64k tokens and 8 key heads two remote stages instead of three took
-50.8 instead of 52.2 ms."""
+them. The larger number where a rank's gradients of so many rows, of one batch entry, are no more bytes than this. Fewer, larger
+calls have fewer ends at which multiprocessors run out of work: on 4 H200 at 64k tokens and 8 key heads two remote stages
+instead of three took 50.8 instead of 52.2 ms."""
 
 
 KNOWN_UP_TO = 1 << 20
@@ -1058,7 +1058,7 @@ def _backward(plan: Plan, head_dim: int, head_dim_v: int, dtype_bytes: int, take
         if takes_delta and plan.rings > 1:
             kv, q = (traffic(plan, travels, head_dim, head_dim_v, dtype_bytes) for travels in ("kv", "q"))
             travels = "q" if q.nbytes < kv.nbytes and q.busiest <= UNEVEN * kv.busiest else "kv"
-    home = row_bytes(plan, travels, head_dim, head_dim_v, dtype_bytes).home
+    home = row_bytes(plan, travels, head_dim, head_dim_v, dtype_bytes).home // len(plan.shares)
     few, many = BACKWARD_ROWS
     rows = min(plan.key.schedule.rows, many if many * home <= BACKWARD_BYTES else few)
     schedule = replace(plan.key.schedule, rows=rows)

@@ -243,23 +243,13 @@ def backward_loop(
     plan, kernel, (q, k, v) = job.plan, job.kernel, (saved.q, saved.k, saved.v)
     acc = accumulate_dtype(q.dtype)
     heads = HeadExchange(plan, job.transport)
+    only = _only_call(plan) if kernel.extras.one_call else None
+    if only is not None and dout is not None and dlse is None and saved.sinks is None:
+        return *_gradients(job, saved, only, dout, None), None  # the kernel makes delta and its zeros in one pass over memory
     dout, delta = yield from _delta(job, heads, saved, dout, dlse)
     dsinks = None if saved.sinks is None else _dsinks(plan, saved, delta)
-    if kernel.extras.one_call and (only := _only_call(plan)) is not None:
-        grads = cast(OneCallKernel, kernel).gradients(
-            dout,
-            q,
-            k,
-            v,
-            saved.out,
-            saved.lse,
-            delta,
-            only.slices,
-            scale=job.scale,
-            softcap=job.softcap,
-            deterministic=job.deterministic,
-        )
-        return *grads, dsinks
+    if only is not None:
+        return *_gradients(job, saved, only, dout, delta), dsinks
     plan = plan.backward(q.shape[3], v.shape[3], q.element_size(), kernel.extras.delta)
     kernel = leaving(kernel, job.transport.multiprocessors(plan))
     queries, keys = (q, dout, saved.lse, delta), (k, v)
@@ -314,6 +304,23 @@ def backward_loop(
     n_kv = plan.key.kv_heads
     dq, dk, dv = yield from heads.leave([(dq.to(q.dtype), False), (dk, True), (dv, True)], [plan.key.heads, n_kv, n_kv])
     return dq, dk.to(q.dtype), dv.to(q.dtype), dsinks
+
+
+def _gradients(job: Job, saved: Saved, only: Part, dout: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv of a pass that is one kernel call."""
+    return cast(OneCallKernel, job.kernel).gradients(
+        dout,
+        saved.q,
+        saved.k,
+        saved.v,
+        saved.out,
+        saved.lse,
+        delta,
+        only.slices,
+        scale=job.scale,
+        softcap=job.softcap,
+        deterministic=job.deterministic,
+    )
 
 
 def _delta(

@@ -286,8 +286,8 @@ BUGS = (
     Bug(
         "log-sum-exp and delta change places on the way",
         "parallel/transport/__init__.py",
-        "_tail(buffer, x.dtype)[..., i] = x.permute",
-        "_tail(buffer, x.dtype)[..., 1 - i] = x.permute",
+        "_tail(part, x.dtype)[..., i] = x[",
+        "_tail(part, x.dtype)[..., 1 - i] = x[",
     ),
     Bug(
         "remote queries with the local output",
@@ -301,8 +301,8 @@ BUGS = (
     Bug(
         "keys sent in place of values",
         "parallel/transport/__init__.py",
-        "torch.cat([x.transpose(0, 1) for x in self.wide]",
-        "torch.cat([x.transpose(0, 1) for x in self.wide[::-1]]",
+        "torch.cat(wide, dim=-1",
+        "torch.cat(wide[::-1], dim=-1",
     ),
     Bug(
         "a buffer is forgotten before it is passed on",

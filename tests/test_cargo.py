@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ringflash import Mask, SimulatedWorld
 from ringflash.parallel.plan import Schedule
-from ringflash.parallel.transport import Cargo, Label, Transport, copy_rows, itinerary
+from ringflash.parallel.transport import Cargo, Label, Transport, _in_words, copy_rows, itinerary
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
@@ -25,6 +25,13 @@ def test_rows_are_copied_whatever_their_place(dtype: torch.dtype, dim: int) -> N
         copy_rows(buffer[..., dim : 2 * dim], source.transpose(0, 1))
         assert torch.equal(buffer[..., dim : 2 * dim], source.transpose(0, 1))
         assert not buffer[..., :dim].any() and not buffer[..., 2 * dim :].any()
+
+
+def test_rows_of_usual_head_dims_are_copied_by_words() -> None:
+    target, source = (torch.zeros(shape, dtype=torch.bfloat16) for shape in ((7, 2, 5, 264), (2, 7, 5, 128)))
+    target = target[..., 128:256]
+    assert _in_words(target, 4) and _in_words(source.transpose(0, 1), 4)
+    assert not _in_words(target[..., 1:], 4) and not _in_words(source.transpose(2, 3), 4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])

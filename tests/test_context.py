@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +14,9 @@ import torch
 import torch.distributed as dist
 
 from ringflash import ContextParallel, Mask
-from ringflash.kernels import hopper, leaving, reference
+from ringflash.kernels import State, hopper, leaving, reference
+from ringflash.kernels.reference import Reference
+from ringflash.parallel.transport import Transport
 from ringflash.parallel.transport.p2p import FAR_CTAS, P2P
 from ringflash.parallel.transport.symmetric import Symmetric
 from ringflash.simulated import SimulatedWorld
@@ -32,6 +35,8 @@ def far_groups_of_some_contexts(rank: int) -> tuple[bool, bool, list[list[int]],
         assert isinstance(transport, P2P)
         found.append(transport.far)
     half, first, second, again = found
+    other = ContextParallel(None, "zigzag", "double_ring", inner=2, transport="p2p", timeout_s=31.0).transport(CPU)
+    assert isinstance(other, P2P) and other.far["chunks"] is not first["chunks"], "what timed out once is not used again"
     same = all(a[what] is b[what] for a, b in ((half, again), (first, second)) for what in ("chunks", "gradients"))
     apart = len({id(group) for far in (half, first) for group in far.values()}) == 4
     total = torch.ones(1)
@@ -87,3 +92,31 @@ def test_kernels_leave_multiprocessors_to_slow_lanes_of_nccl_only(monkeypatch: p
     margin = leaving(hopper.KERNEL, FAR_CTAS)
     assert isinstance(margin, hopper.HopperKernel) and margin.sm_margin == FAR_CTAS
     assert leaving(hopper.KERNEL, 0) is hopper.KERNEL and leaving(reference.KERNEL, 4) is reference.KERNEL
+
+
+@dataclass
+class Marked(Reference):
+    """The reference, which says how many multiprocessors it was asked to leave."""
+
+    sm_margin: int = 0
+    seen: list[tuple[str, int]] = field(default_factory=list)
+    extras = replace(Reference.extras, sm_margin=True)
+
+    def forward(self, *args: Any, **kwargs: Any) -> State:
+        self.seen.append(("forward", self.sm_margin))
+        return super().forward(*args, **kwargs)
+
+    def backward(self, *args: Any, **kwargs: Any) -> None:
+        self.seen.append(("backward", self.sm_margin))
+        super().backward(*args, **kwargs)
+
+
+def test_both_passes_leave_what_the_transport_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = Marked()
+    monkeypatch.setattr("ringflash.api.choose", lambda backend, problem: kernel)
+    monkeypatch.setattr(Transport, "multiprocessors", lambda self, plan: 5 if plan.key.returns else 3)
+    q, k, v = (torch.randn(1, 64, 2, 8, dtype=torch.float64).requires_grad_() for _ in range(3))
+    out = SimulatedWorld(2).attention(q, k, v, mask=Mask.causal())
+    assert isinstance(out, torch.Tensor)
+    torch.autograd.grad(out.sum(), (q, k, v))
+    assert set(kernel.seen) == {("forward", 3), ("backward", 5)}

@@ -20,7 +20,7 @@ class Short(Reference):
     extras = replace(Reference.extras, one_call=True)
 
     def __init__(self) -> None:
-        self.taken = 0
+        self.taken = self.made_delta = 0
 
     def gradients(
         self,
@@ -30,7 +30,7 @@ class Short(Reference):
         v: Tensor,
         out: Tensor,
         lse: Tensor,
-        delta: Tensor,
+        delta: Tensor | None,
         slices: Slices,
         *,
         scale: float,
@@ -38,6 +38,8 @@ class Short(Reference):
         deterministic: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:
         self.taken += 1
+        self.made_delta += delta is None
+        delta = (dout * out).sum(-1).transpose(1, 2) if delta is None else delta
         dq, dk, dv = (torch.zeros_like(x) for x in (q, k, v))
         self.backward(dout, q, k, v, out, lse, delta, slices, scale=scale, softcap=softcap, dq=dq, dk=dk, dv=dv)
         return dq, dk, dv
@@ -70,6 +72,7 @@ def test_same_gradients(short: Short, sinks: bool, dlse: bool) -> None:
 
     there = gradients()
     assert short.taken == 1
+    assert short.made_delta == (not sinks and not dlse)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ringflash.api.choose", lambda backend, problem: Reference())
         back = gradients()

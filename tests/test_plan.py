@@ -15,6 +15,7 @@ import pytest
 from ringflash.mask import Dilated, Mask
 from ringflash.parallel.layout import Layout, make_layout
 from ringflash.parallel.plan import Plan, PlanKey, Ranges, Schedule, Step, Transfer, head_shares, make_plan, make_schedule, plans
+from ringflash.simulated import SimulatedWorld
 from ringflash.slices import Slices
 from ringflash.testing import Case, draw, visibility
 
@@ -496,3 +497,14 @@ def test_plans_are_cached() -> None:
 def test_a_schedule_that_does_not_fit_is_refused(spec: str, world: int, ulysses: int, inner: int | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_schedule(spec, world, ulysses, inner)
+
+
+@pytest.mark.parametrize(("world", "ulysses", "kv_heads", "rows"), [(4, 1, 8, 32_768), (4, 1, 32, 16_384), (8, 2, 32, 32_768)])
+def test_backward_stages_are_larger_where_their_gradients_are_few_bytes(
+    world: int, ulysses: int, kv_heads: int, rows: int
+) -> None:
+    """256 MiB a rank: 32k rows of 8 key heads, or of 16 query heads that travel."""
+    tokens = world * 16_384
+    plan = SimulatedWorld(world, "zigzag", "auto", ulysses=ulysses).plan(0, Mask.causal(), tokens, tokens, 32, kv_heads)
+    assert plan.backward().key.travels == ("kv" if kv_heads == 8 else "q")
+    assert plan.backward().key.schedule.rows == rows

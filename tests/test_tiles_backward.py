@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -33,6 +34,14 @@ CASES = {
     "one pair": [(5, 6, 7, 8, -UNBOUNDED, UNBOUNDED)],
     "nothing": [],
 }
+
+
+@pytest.fixture(autouse=True)
+def fresh_lists() -> Iterator[None]:
+    """Lists of other tests may be of other costs."""
+    work_list.cache_clear()
+    yield
+    work_list.cache_clear()
 
 
 def visible(rows: list[tuple[int, int, int, int, int, int]], q_len: int, k_len: int) -> np.ndarray:
@@ -174,12 +183,13 @@ def test_turns_number_the_visits_and_nobody_waits_for_ever(
     if pairs:
         monkeypatch.setattr(tiles_backward, "PAIR_STEP", 0.1)
         monkeypatch.setattr(tiles_backward, "PAIR_COST", -2.0)
-        tiles_backward.work_list.cache_clear()
+    monkeypatch.setattr(
+        tiles_backward, "work_list", tiles_backward.work_list.__wrapped__
+    )  # lists of other tests are of other costs
     rows = [*CASES.values(), CROSSED][[*CASES, "crossed"].index(name)]
     q_len, k_len = max((r[1] for r in rows), default=10), max((r[3] for r in rows), default=10)
     for heads in (2, 8):
         _run_in_turns(Slices.from_rows(rows), Shape(q_len, k_len, 2, heads, 2, 128, ROWS, KEYS, ctas, pairs, portions=True))
-    tiles_backward.work_list.cache_clear()
 
 
 @pytest.mark.parametrize("is_causal", [False, True])

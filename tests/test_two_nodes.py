@@ -187,7 +187,7 @@ def passes(rank: int, schedule: Schedule, backward: bool, compute_s: float, repe
         take_turns([backward_loop(job, saved, q, None) if backward else forward_loop(job, q, k, v, None)])
         return slowest(begin)
 
-    best, alone = min(seconds(real) for _ in range(repeats)), seconds(replace(real, transport=Zeros()))
+    best, alone = (min(seconds(job) for _ in range(repeats)) for job in (real, replace(real, transport=Zeros())))
     if not backward:
         return Pass(best, alone, crossing(plan, plan.posts) * HEADS // len(plan.shares) * 2 * HEAD_DIM * 4)
     back = plan.backward(HEAD_DIM, HEAD_DIM, 4)
@@ -220,7 +220,8 @@ def test_two_axes_take_as_long_as_the_slow_link_or_as_computing(
     """Within 10 % of max(compute, bytes that cross the slow link / its speed); a ring moves twice as much over it.
 
     Once that is what the kernels sleep. But whatever else runs on the machine makes passes slower, also without transfers: so
-    most attempts need only be within 10 % of what the same passes take without these, in the same attempt.
+    most attempts need only be within 10 % of what the same passes take without these, in the same attempt. A schedule that is in
+    time in 30, 50 or 70 % of attempts passes in 16, 51 or 87 % of runs.
     """
     reached, balance = False, 0
     for _ in range(ATTEMPTS):

@@ -61,7 +61,7 @@ struct __align__(16) Step {
       band_count;  // band_count: low half bands (0: nothing is masked), high half the pass over this tile
 };
 /// A record is written again 8 steps later. All its readers are done: the producer tells a step when the queries of 4 steps
-/// before are free, and the warpgroup of dQ is at most 2 steps behind those.
+/// before (3 in the wide kernel) are free, and whoever adds dQ is at most 3 steps behind those.
 constexpr int kStepRing = 8;
 
 /// A value that all lanes hold, in a uniform register.

@@ -2,7 +2,8 @@
 //
 // A CTA owns 128 keys of one KV head and walks over query tiles of every query head of the group, so dk and dv are summed in
 // registers and added to memory once. Four warpgroups:
-//   0     producers, 24 registers: warp 0 walks the work list and issues the tensor copies, warp 2 brings row statistics
+//   0     producers, 24 registers: warp 0 walks the work list and issues the tensor copies, warp 2 brings row statistics;
+//         warp 3 has dQ added to memory (head dims above 64, and all that take turns), warp 1 ends turns
 //   1, 2  64 keys each, 208 registers. S^T = K Q^T and dP^T = V dO^T are formed transposed, so that P^T and dS^T leave the
 //         accumulators already as register A operands: dV += P^T dO and dK += dS^T Q read only B from shared memory
 //   3     dQ, 72 registers: dQ^T = K^T dS^T in two halves, to shared memory, then added to global memory by the copy engine
@@ -48,14 +49,14 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   Shared& s = *reinterpret_cast<Shared*>(raw);
   const int warpgroup = threadIdx.x / 128, thread = threadIdx.x % 128, lane = thread % 32;
   if (threadIdx.x == 0) {
-    ptx::mbarrier_init(s.k_full, 1),
-        ptx::mbarrier_init(s.k_free, 12);  // one arrival per warp; q_free: every lane, for what it read of the statistics
+    ptx::mbarrier_init(s.k_full, 1), ptx::mbarrier_init(s.k_free, 12);  // one arrival per warp
     ptx::mbarrier_init(&s.v_full, 1), ptx::mbarrier_init(&s.v_free, 8);
     for (int i = 0; i < 2; i++) {
       ptx::mbarrier_init(&s.ds_full[i], 8), ptx::mbarrier_init(&s.ds_free[i], 4);
       ptx::mbarrier_init(&s.dout_full[i], 1), ptx::mbarrier_init(&s.dout_free[i], 8);
     }
-    for (int i = 0; i < Tile::kQStages; i++) ptx::mbarrier_init(&s.q_full[i], 33), ptx::mbarrier_init(&s.q_free[i], 256);
+    for (int i = 0; i < Tile::kQStages; i++)  // q_free: every lane, for what it read of the statistics
+      ptx::mbarrier_init(&s.q_full[i], 33), ptx::mbarrier_init(&s.q_free[i], 256);
     for (int i = 0; i < kStepRing; i++) ptx::mbarrier_init(&s.step_told[i], 1);
     if (kAdder) s.boxes.init();
     ptx::mbarrier_init_fence();

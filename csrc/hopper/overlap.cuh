@@ -1,7 +1,8 @@
 // Kernels of one stream whose beginnings overlap the ends of those before them (programmatic dependent launch).
 //
 // Every kernel launched so waits (await_kernel_before) in all its threads before it touches global memory. So it ends after the
-// kernel before it, and with that after all before that: whoever waits for one has waited for all.
+// kernel before it, and with that after all before that: whoever waits for one has waited for all (provided that kernels of
+// others that are launched so wait, too).
 #pragma once
 #include <cuda_runtime.h>
 

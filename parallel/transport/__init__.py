@@ -91,7 +91,8 @@ class Transport(ABC):
 def copy_rows(target: Tensor, source: Tensor) -> None:
     """``target.copy_(source)``, by words of 8 bytes where both can be read so: torch's kernel for strided rows moves one element
     at a time, whatever its size."""
-    if all(8 % x.element_size() == 0 and _in_words(x, 8 // x.element_size()) for x in (target, source)):
+    size = source.element_size()
+    if target.dtype == source.dtype and 8 % size == 0 and _in_words(target, 8 // size) and _in_words(source, 8 // size):
         target, source = target.view(torch.int64), source.view(torch.int64)
     target.copy_(source)
 

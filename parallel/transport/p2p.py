@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import Store, _get_default_store
+from torch.distributed.distributed_c10d import Store, _get_default_store, default_pg_timeout
 
 from ringflash.parallel.plan import Plan
 from ringflash.parallel.transport import Label, Message, Pending, Transport, TransportError
@@ -22,17 +22,18 @@ they keep all others until a step is over: a transfer that becomes ready meanwhi
 
 FarGroups = dict[str, dist.ProcessGroup]
 
-_far: WeakKeyDictionary[Store, dict[tuple[tuple[int, ...], str, torch.device], FarGroups]] = WeakKeyDictionary()
-"""By ranks, backend and device: those made since torch.distributed was initialised, which end with it."""
+_far: WeakKeyDictionary[Store, dict[tuple[tuple[int, ...], str, torch.device, float], FarGroups]] = WeakKeyDictionary()
+"""By ranks, backend, device and timeout: those made since torch.distributed was initialised, which end with it."""
 
 
-def far_groups(group: dist.ProcessGroup, device: torch.device) -> FarGroups:
+def far_groups(group: dist.ProcessGroup, device: torch.device, timeout_s: float) -> FarGroups:
     """For chunks and for gradients another group of the same ranks each, with connections of its own. All of them must call it
-    together. Made once for the same ranks: every context has the same use for them, and NCCL holds memory for each."""
+    together. Made once for the same ranks and timeout: every context has the same use for them, and NCCL holds memory for each.
+    After a timeout gloo's connections are closed; a context with another timeout gets new ones."""
     ranks = dist.get_process_group_ranks(group)
     # By name, since the default would be the backends of the default group, whatever this one's are.
     backend = dist.get_backend_config(group)
-    made, key = _far.setdefault(_get_default_store(), {}), (tuple(ranks), backend, device)
+    made, key = _far.setdefault(_get_default_store(), {}), (tuple(ranks), backend, device, timeout_s)
     if key not in made:
         made[key] = _new_groups(ranks, backend, device)
     return made[key]
@@ -42,8 +43,10 @@ def _new_groups(ranks: list[int], backend: str, device: torch.device) -> FarGrou
     found = {}
     with _unbound() if len(ranks) < dist.get_world_size() else nullcontext():
         for what in ("chunks", "gradients"):
-            options = _few_ctas() if device.type == "cuda" else None
-            found[what] = dist.new_group(ranks, backend=backend, pg_options=options, use_local_synchronization=True)
+            options = _few_ctas() if "nccl" in backend else None
+            found[what] = dist.new_group(
+                ranks, default_pg_timeout, backend=backend, pg_options=options, use_local_synchronization=True
+            )
             if device.type == "cuda":  # NCCL sets up its rings in the first collective of a group, and needs all ranks there
                 dist.all_reduce(torch.zeros(1, device=device), group=found[what])
     return found
@@ -52,6 +55,7 @@ def _new_groups(ranks: list[int], backend: str, device: torch.device) -> FarGrou
 def _few_ctas() -> object:
     options = dist.ProcessGroupNCCL.Options()
     options.config.max_ctas = FAR_CTAS
+    options._timeout = default_pg_timeout
     return options
 
 

@@ -188,14 +188,17 @@ class OneCallKernel(Kernel, Protocol):
         v: Tensor,
         out: Tensor,
         lse: Tensor,
-        delta: Tensor,
+        delta: Tensor | None,
         slices: Slices,
         *,
         scale: float,
         softcap: float = 0.0,
         deterministic: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """dq, dk, dv in q's dtype. lse and delta as for ``backward``, of the same rows; out in q's dtype."""
+        """dq, dk, dv in q's dtype. lse and delta as for ``backward``, of the same rows; out in q's dtype.
+
+        delta None: rowsum(dout * out), for the kernel to make.
+        """
         ...
 
 

@@ -326,7 +326,7 @@ class HopperKernel:
         v: Tensor,
         out: Tensor,
         lse: Tensor,
-        delta: Tensor,
+        delta: Tensor | None,
         slices: Slices,
         *,
         scale: float,

@@ -57,7 +57,7 @@ def refuses(problem: Problem) -> str | None:
 @cache
 def _tile(head_dim: int, head_dim_v: int) -> tuple[int, int, bool, int]:
     """Queries and keys of the tiles of the kernel of these head dims, whether two CTAs can share twice the keys, and the float32
-    values of a portion of an item that is written; 0: none is divided."""
+    values of a portion of an item that the kernel sums; 0: none is divided."""
     lib = _library()
     assert lib is not None
     found = [ctypes.c_int32() for _ in range(4)]
@@ -114,7 +114,8 @@ def backward(
 
     ``sm_margin`` multiprocessors are left free. Gradients whose rows are not 16-byte aligned cost a temporary. With
     ``deterministic`` gradients repeat bitwise on one kind of GPU: additions to a tile of dq take turns, for which 4 or 8 bytes
-    per tile, head and batch are used. ValueError for a scale that is not positive.
+    per tile, head and batch are used, and the last items are divided (some 90 MiB of partial sums at most, whatever the length).
+    ValueError for a scale that is not positive.
     """
     if not scale > 0.0:
         raise ValueError(f"scale={scale}: the Hopper kernels need a positive scale; use backend='reference' or negate q")
@@ -220,6 +221,12 @@ def _work_of(
 
 def _work(q: Tensor, k: Tensor, v: Tensor, slices: Slices, deterministic: bool, write: bool, sm_margin: int) -> WorkList:
     return _work_of(slices, q.device, q.shape, k.shape, v.shape[3], deterministic, write, sm_margin)
+
+
+def forget_lists() -> None:
+    """For whoever changes what lists are made by."""
+    for cached in (work_list, _work_of, _work_of_a_pass):
+        cached.cache_clear()
 
 
 @lru_cache(maxsize=512)
@@ -346,13 +353,19 @@ def _delta_reference(dout: Tensor, out: Tensor, dlse: Tensor | None) -> Tensor:
     return result if dlse is None else result.sub_(dlse)
 
 
+@cache
+def _is_hopper(device: torch.device) -> bool:
+    """Our kernels are compiled for Hopper alone, and delta is asked for whatever the device and backend."""
+    return torch.cuda.get_device_capability(device) == (9, 0)
+
+
 def _delta_cuda(dout: Tensor, out: Tensor, dlse: Tensor | None) -> Tensor:
     return _delta(dout, out, dlse)
 
 
 def _delta(dout: Tensor, out: Tensor, dlse: Tensor | None, zeros: Tensor | None = None) -> Tensor:
     """delta; ``zeros``, a contiguous tensor of a multiple of 16 bytes, becomes zeros in the same pass over memory."""
-    lib = _library()
+    lib = _library() if _is_hopper(out.device) else None
     vector = 16 // out.element_size()
     if lib is None or out.dtype not in ops.DTYPES or out.shape[3] % 8 or not (_fits(dout, vector) and _fits(out, vector)):
         if zeros is not None:

@@ -29,7 +29,7 @@ def _counters_of(device: torch.device, stream: int, n: int) -> Tensor:
 
 
 def counters(device: torch.device, stream: int, n: int) -> Tensor:
-    """The n work counters of a stream: zero between launches, and launches of one stream never overlap.
+    """The n work counters of a stream: zero between launches, of which none touches them before the one in front is complete.
 
     A captured launch has its own, zeroed by its graph: graphs captured on one stream may run on several.
     """

@@ -26,7 +26,7 @@ WRITE_COST, ADD_COST = 1.0, 4.0
 """What an item costs besides its steps, in steps: writing dk and dv, or adding them to float32 tensors (that someone zeroes and
 converts)."""
 PORTION_COST = 2.0
-"""What a portion of an item costs more that is divided though dk and dv are written: they go through float32 in global memory."""
+"""What a portion costs more where its dk and dv go through float32 in global memory: written in the end, or in turns."""
 PORTIONS = tuple((share, shortest) for share in (1.0, 2.0) for shortest in (4.0, 6.0, 8.0, 16.0, 32.0, 64.0, 128.0))
 """Such lists are made with each of these bounds of ``_portions``; the one that is done first is taken. Lists that add, with the
 first."""
@@ -37,7 +37,7 @@ GROUP_BYTES = {64: 8 << 20, 256: 32 << 20}
 """By head dim, up to: share of the L2 that the queries, dout and dq of the heads in work at the same time may take. Measured on
 an H200 with 8 and 32 MB, TFLOP/s: D 64 at 4k tokens 500, 429 full and 468, 435 causal; D 128 at 8k 572, 566 and 552, 570."""
 TURNS_GROUP_BYTES = 32 << 20
-"""The same for deterministic lists: tiles of one head wait for each other, so more heads at once are more (D 64 by 5 to 16 %)."""
+"""The same for deterministic lists: tiles of one head wait for each other, more heads at once less (D 64: 5 to 16 % faster)."""
 PAIR_STEP, PAIR_COST = 0.92, 1.0
 """What a pair of CTAs takes for a step of twice the keys, and more for an item (its keys are loaded late), in steps of a CTA
 alone. Measured at D 128, adding, full and causal: pairs ahead by 6 and 1 % at 1k tokens, 0 and -3 % at 2k, 9 and 8 % at 4k, 13
@@ -56,7 +56,7 @@ class Shape:
     """What the list depends on besides the Slices.
 
     rows, keys: the kernel's tile. ctas: how many work at the same time. pairs: two of them may share an item of twice the keys.
-    portions: dk and dv of a divided item can be written.
+    portions: dk and dv of a divided item can be summed by the kernel.
     """
 
     q_len: int
@@ -85,7 +85,7 @@ class WorkList:
     visits[visit_offsets[m] : visit_offsets[m + 1]], once per interval that holds them.
     duration: until the last CTA is done, estimated in steps.
     keys: of a tile; pairs: whether two CTAs work on one.
-    whole: items before any was divided. slots: partial results of divided items that are written.
+    whole: items before any was divided. slots: partial results of divided items that the kernel sums.
     """
 
     items: Int32Array

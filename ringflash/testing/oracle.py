@@ -130,8 +130,9 @@ def magnitudes(inputs: Inputs, visible: Tensor, *, scale: float | None = None, s
         score = softcap * torch.tanh(score / softcap)
         slope = 1 - (score / softcap) ** 2
     weight = torch.where(visible, (score - lse[..., None]).exp(), 0.0)
-    # Kernels for 16-bit inputs take tanh(x) as 1 - 2 / (1 + exp 2x): two terms of up to 1, so a capped score is known to 2 eps of
-    # the cap. (A polynomial for small scores would know it to eps of itself, and takes 8-15 % of the forward: LOG.md.)
+    # Our kernels for 16-bit inputs take tanh(x) as 1 - 2 / (1 + exp 2x): two terms of up to 1, so a capped score is known to 2
+    # eps of the cap; what backend computed is not known here. (A polynomial for small scores would know it to eps of itself, and
+    # takes 8-15 % of the forward: LOG.md.)
     cap_size = 2 * softcap if inputs.q.dtype in (torch.bfloat16, torch.float16) else 0.0
     score_size = torch.where(visible, q.abs() @ k.abs().transpose(-1, -2) * abs(scale) + cap_size, 0.0)
     row_size = score_size.amax(-1, keepdim=True) if score.shape[-1] else score_size.sum(-1, keepdim=True)

@@ -69,9 +69,9 @@ def pairs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
     """Whether CTAs work in pairs, however short the sequence."""
     monkeypatch.setattr(tiles_backward, "PAIR_STEP", 0.1 if request.param else 100.0)
     monkeypatch.setattr(tiles_backward, "PAIR_COST", -4.0 if request.param else 0.0)
-    tiles_backward.work_list.cache_clear()
+    hopper_backward.forget_lists()
     yield request.param
-    tiles_backward.work_list.cache_clear()
+    hopper_backward.forget_lists()
 
 
 def inputs_of(case: Case, dtype: torch.dtype, D: int, Dv: int) -> tuple[Inputs, Tensor]:
@@ -138,22 +138,24 @@ def test_float16_with_softcap_repeats_bitwise(dims: tuple[int, int]) -> None:
     repeats(CASES[4], torch.float16, dims, softcap=SOFTCAP)
 
 
-@pytest.mark.usefixtures("pairs")
 @pytest.mark.parametrize("sm_margin", [1, 5, 100, 129, 130, 131])
 @pytest.mark.parametrize("case", [CASES[1], CASES[4], CASES[7]], ids=lambda c: c.why)
-def test_any_number_of_multiprocessors_repeats_bitwise(case: Case, sm_margin: int) -> None:
+def test_any_number_of_multiprocessors_repeats_bitwise(case: Case, sm_margin: int, pairs: bool) -> None:
+    x, _ = inputs_of(case, torch.bfloat16, 128, 128)
+    lists = hopper_backward._work(x.q, x.k, x.v, Slices.from_rows(case.rows), True, False, sm_margin)
+    assert lists.pairs == (pairs and sm_margin <= 130)
     repeats(case, torch.bfloat16, (128, 128), sm_margin=sm_margin)
 
 
-@pytest.mark.usefixtures("pairs")
 @pytest.mark.parametrize("D", [64, 128, 256])
 @pytest.mark.parametrize("case", [CASES[1], CASES[4], CASES[7]], ids=lambda c: c.why)
-def test_a_pass_of_one_step_repeats_bitwise(case: Case, D: int) -> None:
+def test_a_pass_of_one_step_repeats_bitwise(case: Case, D: int, pairs: bool) -> None:
     """dk and dv are written in the final dtype; those of divided items by whichever portion comes last."""
     x, visible = inputs_of(case, torch.bfloat16, D, D)
     exact = dense_results(x, visible, dtype=torch.float64, scale=0.1)
     plain = dense_results(x, visible, dtype=torch.bfloat16, scale=0.1)
     slices, out, lse = Slices.from_rows(case.rows), exact.out.to(torch.bfloat16), exact.lse.float()
+    assert hopper_backward._work(x.q, x.k, x.v, slices, True, True, 0).pairs == (pairs and D == 128)
     runs = [hopper_backward.gradients(x.dout, x.q, x.k, x.v, out, lse, slices, scale=0.1, deterministic=True) for _ in range(5)]
     for name, value in zip(("dq", "dk", "dv"), runs[0], strict=True):
         want = getattr(exact, name)

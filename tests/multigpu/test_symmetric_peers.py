@@ -154,8 +154,8 @@ def test_random_delays_change_nothing(gpus: RankPool) -> None:
         assert all(answers)
 
 
-GAVE_UP = re.compile(r"TransportError: rank \d+, .*step .*did not (answer|come)|exit code (70|-6)")
-"""The transport's own error, its watchdog's end of the process, or NCCL's."""
+GAVE_UP = re.compile(r"TransportError: rank \d+, .*step .*did not (answer|come)|exit code (70|-6)\b")
+"""The transport's own error, its watchdog's end of the process, or the abort that is NCCL's."""
 
 BUGS = (NeverWaitsForReaders, NeverWaitsForTheOwner, SignalsBeforeItIsComplete, SwapsTheBuffers)
 
