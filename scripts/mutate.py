@@ -52,6 +52,8 @@ SYMMETRIC = ("tests/test_symmetric.py::test_no_interleaving_overwrites_what_a_pe
 DRAWN_SYMMETRIC = ("tests/test_symmetric.py::test_drawn_passes_over_symmetric_memory",)
 GROUPS = ("tests/test_groups.py",)
 KNOWN = ("tests/test_host_time.py::test_a_call_that_differs_is_another_call",)
+CARGO = ("tests/test_cargo.py",)
+LANES = ("tests/test_context.py::test_both_passes_leave_what_the_transport_asks_for",)
 NONFINITE = ("tests/test_nonfinite.py::test_a_bad_value_reaches_the_rows_that_see_it_and_no_others",)
 
 TIMEOUT_S = 300
@@ -303,6 +305,20 @@ BUGS = (
         "parallel/transport/__init__.py",
         "torch.cat(wide, dim=-1",
         "torch.cat(wide[::-1], dim=-1",
+    ),
+    Bug(
+        "the last row that leaves is not packed",
+        "parallel/transport/__init__.py",
+        "return tuple(joined) if few",
+        "return tuple((a, b - 1) for a, b in joined) if few",
+        CARGO,
+    ),
+    Bug(
+        "the backward takes the multiprocessors of slow lanes",
+        "ringflash/autograd.py",
+        "    kernel = leaving(kernel, job.transport.multiprocessors(plan))",
+        "    kernel = leaving(kernel, 0)",
+        LANES,
     ),
     Bug(
         "a buffer is forgotten before it is passed on",
