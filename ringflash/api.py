@@ -167,6 +167,8 @@ def _prepare(call: Call, cp: ContextParallel, lengths: tuple[int, int]) -> tuple
     whole = "needed rows" if cp.trim else "whole chunks"
     facts = _facts(call, plan, kernel, f"{cp.transport_name}, {whole}, gaps up to {cp.max_gap} rows")
     facts["memory_budget"] = str(cp.memory_budget)
+    if cp.relays:  # its lanes over slow links are made once for each timeout, by all ranks together
+        facts["timeout_s"] = str(cp.timeout_s)
     cp.agreement.agree(facts)
     groups = 1
     if cp.memory_budget is not None:  # the ranks' choices mean the same only now

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ringflash.api import attention
 from ringflash.kernels import NAMES, Problem, choose
+from ringflash.kernels.running import accumulate_dtype
 from ringflash.launch import ranks as launcher
 from ringflash.launch import world as worlds
 from ringflash.mask import Mask
@@ -28,7 +29,7 @@ from ringflash.options import Parser, at_least_one, size
 from ringflash.parallel.context import ContextParallel
 from ringflash.testing.cases import DTYPES
 from ringflash.testing.oracle import Inputs, Results, dense_attention
-from ringflash.testing.tolerance import FLOAT64_TOLERANCE, accumulate_dtype, relative_error
+from ringflash.testing.tolerance import FLOAT64_TOLERANCE, relative_error
 
 LAYOUTS = ("zigzag", "contiguous", "striped", "balanced")
 RESULTS = ("out", "lse", "dq", "dk", "dv", "dsinks")

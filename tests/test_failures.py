@@ -168,6 +168,23 @@ def test_disagreement_is_the_same_error_on_every_rank(ranks: Ranks, odd: Odd) ->
     assert max(deviations) < 1e-5, "the group still works"
 
 
+def attend_with_another_timeout(rank: int) -> str:
+    """Lanes over slow links are made together, once for each timeout: ranks with some would not join those with none."""
+    for timeout_s in (60.0, 60.0 + (rank == 1)):
+        cp = ContextParallel(layout="zigzag", schedule="double_ring", inner=2, timeout_s=timeout_s)
+        q, k, v = (cp.shard(x) for x in tensors())
+        try:
+            attention(q, k, v, mask=Mask.causal(), cp=cp)
+        except ValueError as error:
+            return str(error)
+    return "no error"
+
+
+def test_ranks_of_a_double_ring_must_have_one_timeout(ranks: Ranks) -> None:
+    for text in ranks(4).run(attend_with_another_timeout):
+        assert "timeout_s" in text and "ranks 0, 2, 3: 60.0" in text and "rank 1: 61.0" in text, text
+
+
 REFUSALS = [
     Odd("rank 1's heads do not fit", ("multiple of key heads",), tensors=(("heads", 3),)),
     Odd("rank 1's dtype is none", ("share one of",), tensors=(("dtype", torch.int32),)),

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from ringflash import kernels
 from ringflash.kernels import Kernel, Problem, cpu, reference
+from ringflash.kernels.running import accumulate_dtype
 from ringflash.slices import UNBOUNDED, Slices
 from ringflash.testing.inputs import spread
 from ringflash.testing.oracle import Inputs, dense_attention
 from ringflash.testing.slice_cases import CASES, SliceCase, make_slice_inputs, run_kernel, visible
-from ringflash.testing.tolerance import Judge, accumulate_dtype
+from ringflash.testing.tolerance import Judge
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 SEEING = [case for case in CASES if len(case.slices) and case.heads]

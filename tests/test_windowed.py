@@ -19,12 +19,13 @@ from torch import Tensor
 
 from ringflash.kernels import Problem, flash_attn, reference, sdpa, windowed
 from ringflash.kernels.decompose import UNLIMITED, Pack
+from ringflash.kernels.running import accumulate_dtype
 from ringflash.kernels.windowed import Library, WindowedKernel
 from ringflash.slices import Slices
 from ringflash.testing.inputs import spread
 from ringflash.testing.oracle import Inputs
 from ringflash.testing.slice_cases import CASES, SliceCase, documents, make_slice_inputs, run_kernel, visible
-from ringflash.testing.tolerance import Judge, accumulate_dtype
+from ringflash.testing.tolerance import Judge
 
 SEEING = [case for case in CASES if len(case.slices) and case.heads]
 BY_NAME = {case.name: case for case in CASES}

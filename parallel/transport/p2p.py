@@ -17,8 +17,8 @@ from ringflash.parallel.transport import Label, Message, Pending, Transport, Tra
 from ringflash.parallel.watchdog import reached, watch
 
 FAR_CTAS = 4
-"""Multiprocessors that NCCL may take for one lane over slow links: one moves 10-20 GB/s. Attention kernels leave them free, since
-they keep all others until a step is over: a transfer that becomes ready meanwhile would wait so long, and its link be idle."""
+"""Multiprocessors that NCCL may take for one lane over slow links. Attention kernels leave them free, since they keep all others
+until a step is over: a transfer that becomes ready meanwhile would wait so long, and its link be idle."""
 
 FarGroups = dict[str, dist.ProcessGroup]
 
@@ -93,11 +93,11 @@ class P2P(Transport):
     ) -> None:
         self.group, self.timeout_s, self.ask = group, timeout_s, ask
         self.far = far or {}
+        self.ctas = FAR_CTAS if any("nccl" in dist.get_backend_config(group) for group in self.far.values()) else 0
         self.rank = dist.get_rank(group)
 
     def multiprocessors(self, plan: Plan) -> int:
-        nccl = any("nccl" in dist.get_backend_config(group) for group in self.far.values())
-        return FAR_CTAS * (2 if plan.key.returns else 1) if nccl and len(plan.steps) > 1 else 0
+        return self.ctas * (2 if plan.key.returns else 1) if len(plan.steps) > 1 else 0
 
     def group_of(self, label: Label) -> dist.ProcessGroup:
         return self.far.get(label.what, self.group) if label.far else self.group

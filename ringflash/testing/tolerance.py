@@ -11,14 +11,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ringflash.kernels.running import accumulate_dtype
 from ringflash.testing.oracle import Inputs, Results, dense_results, magnitudes
 
 FLOAT64_TOLERANCE = 1e-12
-
-
-def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the running state and of the LSE: float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 class Judge:
