@@ -87,6 +87,18 @@ class Row:
     """With the least key rows: K and V twice, and their gradients in float32 once."""
 
 
+def spelled(system: str) -> tuple[str, str, str]:
+    """What a system's name says, KIND[_KERNEL][@LAYOUT]: "single", "ringflash" or a word of a peer's name; a kernel, or "lean"; a
+    layout in place of the work's."""
+    name, _, layout = system.partition("@")
+    kind, _, kernel = name.partition("_")
+    return kind, kernel, layout
+
+
+def is_peer(system: str) -> bool:
+    return spelled(system)[0] not in ("single", "ringflash")
+
+
 class System:
     """One thing to measure: forward and forward + backward of this rank's tensors."""
 
@@ -95,7 +107,7 @@ class System:
         self.name = name
         self.plan: Plan | None = None
         self.backend = "auto"
-        kind, _, backend = name.partition("_")
+        kind, backend, layout = spelled(name)
         mask, tokens = work.mask(), work.seqlen // world
         area = pairs(mask, work.seqlen) / world
         self.attend: Callable[..., torch.Tensor]
@@ -110,7 +122,7 @@ class System:
             lean = backend == "lean"
             self.backend, memory_budget = ("auto", "lean") if lean else (backend or "auto", cfg.memory_budget)
             cp = rf.ContextParallel(
-                None, work.layout, cfg.schedule, transport=cfg.transport, memory_budget=memory_budget
+                None, layout or work.layout, cfg.schedule, transport=cfg.transport, memory_budget=memory_budget
             ).for_mask(mask)
             cp.position_ids(work.seqlen)
             self.plan = cp.plan(dist.get_rank(), mask, work.seqlen, work.seqlen, work.heads, work.kv_heads)
@@ -265,7 +277,7 @@ def row_of(system: System, work: Work, cfg: DictConfig) -> Row:
 def compare(rows: Sequence[Row]) -> None:
     """Fills in every row's ratios to single and to the fastest peer."""
     base = next((r for r in rows if r.system.startswith("single")), None)
-    peers = [r for r in rows if r.system.partition("_")[0] not in ("single", "ringflash")]
+    peers = [r for r in rows if is_peer(r.system)]
     for row in rows:
         if base:
             row.forward_ratio = round(row.forward_tflops / base.forward_tflops, 4)
@@ -311,13 +323,13 @@ def line(r: Row) -> str:
 def summary(rows: Sequence[Row]) -> list[str]:
     """Of ringflash on every work: ratios to single and to the best peer, forward / forward + backward, and what it cost."""
     lines = []
-    for r in (r for r in rows if r.system.partition("_")[0] == "ringflash"):
-        peers = [p for p in rows if p.work == r.work and p.system.partition("_")[0] not in ("single", "ringflash")]
+    for r in (r for r in rows if spelled(r.system)[0] == "ringflash"):
+        peers = [p for p in rows if p.work == r.work and is_peer(p.system)]
         best = max(peers, key=lambda p: p.both_tflops).system if peers else "no peer"
         exposed = "" if r.forward_exposed_ms is None else f", waits {r.forward_exposed_ms:.2f} / {r.backward_exposed_ms:.2f} ms"
         moved = f", moved {r.gib_moved / r.gib_least:.3f} x the least bytes" if r.gib_moved and r.gib_least else ""
         lines.append(
-            f"{r.work:15} {r.system:14} of single {r.forward_ratio} / {r.both_ratio}, "
+            f"{r.work:15} {r.system:18} of single {r.forward_ratio} / {r.both_ratio}, "
             f"x best peer {r.forward_over_peer} / {r.both_over_peer} ({best}), "
             f"peak {r.peak_gib} GiB of a budget of {r.budget_gib}{exposed}{moved}"
         )

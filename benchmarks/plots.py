@@ -23,6 +23,7 @@ LABELS = {
     "flash_attn_4": "FlashAttention-4",
     "single": "one GPU, no exchange",
     "ringflash": "ringflash",
+    "ringflash@zigzag:8": "ringflash, layout zigzag:8",
     "ringflash_lean": "ringflash, lean memory",
     "ring_flash_attn_fa4": "ring-flash-attn, FA4 kernels",
     "ring_flash_attn_fa2": "ring-flash-attn, FA2 kernels",
@@ -153,6 +154,7 @@ def _tokens(n: int) -> str:
 RING_COLOURS = {
     "single": COLOURS[6],
     "ringflash": COLOURS[0],
+    "ringflash@zigzag:8": "#004C7A",
     "ringflash_lean": COLOURS[5],
     "ring_flash_attn_fa4": COLOURS[2],
     "ulysses_fa4": COLOURS[4],

@@ -22,6 +22,7 @@ def lognormal(mean: int, total: int, seed: int = 0) -> tuple[int, ...]:
     return tuple(lengths.tolist())
 
 
+ONE_LAYOUT, BOTH_LAYOUTS = ("ringflash",), ("ringflash", "ringflash@zigzag:8")
 CAUSAL_PEERS = ("ring_flash_attn_fa4", "ulysses_fa4", "ulysses_cudnn", "torch_cp_allgather_cudnn")
 
 
@@ -38,7 +39,8 @@ class Work:
     window: int = 0
     """Keys a query sees, itself included; 0: all."""
     layout: str = "zigzag"
-    ours: tuple[str, ...] = ("ringflash",)
+    ours: tuple[str, ...] = BOTH_LAYOUTS
+    """Systems of ringflash; see bench_ring.spelled."""
     peers: tuple[str, ...] = CAUSAL_PEERS
     rounds: int | None = None
     """Readings, where the usual number takes too long."""
@@ -94,20 +96,28 @@ WORKS = {
         Work("causal_32k", 32 * K),
         Work("causal_64k", 64 * K),
         Work("causal_128k", 128 * K),
-        Work("causal_256k", 256 * K, ours=("ringflash", "ringflash_lean"), peers=CAUSAL_PEERS[:3], rounds=3),
+        Work("causal_256k", 256 * K, ours=(*BOTH_LAYOUTS, "ringflash_lean"), peers=CAUSAL_PEERS[:3], rounds=3),
         Work("causal_512k", 512 * K, peers=CAUSAL_PEERS[:2], rounds=2, long=True),
         Work("causal_1m", 1024 * K, peers=CAUSAL_PEERS[:1], rounds=1, long=True),
         Work("mha_64k", 64 * K, kv_heads=32),
         Work("mha_128k", 128 * K, kv_heads=32),
-        Work("documents_4k", 256 * K, lengths=lognormal(4 * K, 256 * K), layout="balanced", peers=("ulysses_fa4",)),
+        Work(
+            "documents_4k",
+            256 * K,
+            lengths=lognormal(4 * K, 256 * K),
+            layout="balanced",
+            ours=ONE_LAYOUT,
+            peers=("ulysses_fa4",),
+        ),
         Work(
             "documents_mixed",
             256 * K,
             lengths=(*_SHORT[:16], 128 * K, *_SHORT[16:]),
             layout="balanced",
+            ours=ONE_LAYOUT,
             peers=("ulysses_fa4",),
         ),
-        Work("window_1m", 1024 * K, window=4096, layout="contiguous", peers=("ulysses_fa4",)),
+        Work("window_1m", 1024 * K, window=4096, layout="contiguous", ours=ONE_LAYOUT, peers=("ulysses_fa4",)),
     )
 }
 """Of the table in the README, and more."""

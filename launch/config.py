@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from ringflash.parallel.context import TRANSPORTS
+from ringflash.parallel.layout import read_kind
 from ringflash.parallel.plan import make_schedule
 
 
@@ -60,7 +61,7 @@ class OptimizerConfig:
 
 @dataclass
 class ParallelConfig:
-    layout: str = _option("zigzag", "contiguous | zigzag | striped | balanced")
+    layout: str = _option("zigzag", "contiguous | zigzag | zigzag:K | striped | balanced")
     schedule: str = _option("auto", "when keys and values move; see ringflash plan")
     ulysses: int = _option(1, "ranks that exchange heads for sequence inside the context-parallel group")
     inner: int = _option(0, "ranks of one fast-linked group, for schedule=double_ring; 0 is none")
@@ -109,7 +110,6 @@ class TrainConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
 
-LAYOUTS = ("contiguous", "zigzag", "striped", "balanced")
 DEVICES = ("cpu", "cuda")
 DTYPES = ("float32", "bfloat16")
 CONF = Path(__file__).resolve().parent / "conf"
@@ -174,7 +174,6 @@ def check(config: TrainConfig) -> None:
     names = {
         "machine.device": DEVICES,
         "machine.dtype": DTYPES,
-        "parallel.layout": LAYOUTS,
         "parallel.transport": TRANSPORTS,
     }
     for key, allowed in names.items():
@@ -190,6 +189,10 @@ def check(config: TrainConfig) -> None:
     _require(all(w >= 0 for w in config.model.windows), "model.windows", config, "a list of windows in tokens, 0 for none")
     _require(config.batch % config.parallel.dp == 0, "batch", config, f"divisible by parallel.dp={config.parallel.dp}")
     parallel = config.parallel
+    try:
+        read_kind(parallel.layout)
+    except ValueError as error:
+        raise ValueError(f"parallel.layout={parallel.layout!r} is not possible: {error}.") from None
     if parallel.schedule == "double_ring":
         _require(parallel.inner >= 1, "parallel.inner", config, "the ranks of one fast-linked group for double_ring, at least 1")
     else:

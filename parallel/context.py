@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from ringflash import env
 from ringflash.mask import Documents, Mask
 from ringflash.parallel.agree import Agreement
-from ringflash.parallel.layout import KINDS, Layout, make_layout
+from ringflash.parallel.layout import Layout, make_layout, read_kind
 from ringflash.parallel.memory import Demand, Frugality, extra_bytes, frugalities, lean_bytes
 from ringflash.parallel.plan import MAX_GAP, Plan, PlanKey, Schedule, make_plan, make_schedule
 from ringflash.parallel.transport import Transport
@@ -43,8 +43,8 @@ class Sharding:
         if isinstance(layout, Layout):
             if layout.world != world:
                 raise ValueError(f"the layout is for {layout.world} ranks, the group has {world}")
-        elif layout not in KINDS:
-            raise ValueError(f"unknown layout {layout!r}; allowed are {', '.join(KINDS)} or a Layout object")
+        else:
+            read_kind(layout)  # raises early
         self.world, self.layout = world, layout
         self.ulysses, self.inner, self.schedule = ulysses, inner, schedule
         self.mask: Mask | None = None
@@ -136,7 +136,8 @@ class ContextParallel(Sharding):
 
     mesh       a DeviceMesh axis (``mesh["cp"]``), a 2-D mesh (outer, inner) for "hybrid" (ring x Ulysses) and "double_ring",
                a process group, or None for all ranks.
-    layout     which tokens a rank holds: "zigzag", "contiguous", "striped", "balanced" (then use ``for_mask``), or a Layout.
+    layout     which tokens a rank holds: "zigzag", "zigzag:K", "contiguous", "striped", "balanced" (then use ``for_mask``), or a
+               Layout.
     schedule   "auto", "ring", "allgather", "staged:K", "ulysses", "hybrid", "double_ring", or a Schedule.
     ulysses    ranks that trade heads for sequence (for "hybrid"); neighbours in the group.
     inner      ranks of one fast-linked group (for "double_ring"); neighbours in the group.

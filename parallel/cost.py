@@ -18,7 +18,7 @@ from ringflash.parallel.memory import Peak, Rows, Shape, backward_peak, forward_
 from ringflash.parallel.plan import Plan, PlanKey, Transfer, make_plan, traffic
 from ringflash.parallel.tables import DeviceTable, Link, LinkTable, Rate, Tables
 from ringflash.parallel.transport import itinerary
-from ringflash.parallel.work import Work, rank_areas, work_of
+from ringflash.parallel.work import Work, rank_areas, stretch, work_of
 
 __all__ = [
     "DeviceTable",
@@ -335,8 +335,11 @@ class _Replay:
             else (rate.forward_full_TFLOPS, rate.forward_masked_TFLOPS)
         )
         kernel = flop * (work.full_tiles / full + work.masked_tiles / masked) / 1e12
-        if work.row_tiles:
-            kernel *= max(1.0, device.units / (work.row_tiles * heads))
+        if self.backward:  # whose kernels divide what comes last
+            kernel *= max(1.0, device.units / max(work.row_tiles * heads, 1))
+        elif work.visible:
+            late = [(stretch(part.slices, device.tile, heads, device.units), part.slices.area()) for part in step.parts]
+            kernel *= sum(longer * area for longer, area in late) / work.visible
         if self.backward:
             # Stages of gradients start as zeros; delta is computed before the first step.
             traffic = step.rows * row.home + (plan.q_len * (2 * row.out + 6 * row.out_acc) if n == 0 else 0)

@@ -2,6 +2,10 @@
 
 contiguous  rank r holds the r-th piece of the sequence.
 zigzag      2W pieces, rank r holds piece r and piece 2W-1-r: even work under a causal mask (Llama 3 report, section 3.3.2).
+zigzag:K    2KW pieces, given out forth and back K times: as even, and every rank has queries that see few keys besides those that
+            see many. A persistent kernel takes the longest first and ends with the short ones, so that all its multiprocessors
+            end together; in zigzag all queries of a piece see about as many keys, and the last round of work is mostly idle. The
+            price is traffic: with K = 1 a rank needs on average three quarters of the others' keys, with K large all of them.
 striped     rank r holds positions r, r + W, r + 2W, ... (Striped Attention, Brandon et al. 2023).
 balanced    pieces given to ranks by the work a mask puts on them, with as little traffic as that allows.
 
@@ -132,22 +136,34 @@ def make_layout(kind: str, seqlen: int, world: int, mask: Mask | None = None) ->
             )
         mask.check(seqlen, seqlen)
         return _balanced(mask, seqlen, world)
-    if kind not in KINDS:
-        raise ValueError(f"unknown layout {kind!r}; allowed are {', '.join(KINDS)} or a Layout object")
-    return _plain(kind, seqlen, world)
+    return _plain(*read_kind(kind), seqlen, world)
+
+
+def read_kind(kind: str) -> tuple[str, int]:
+    """A layout's name, and how often its pieces go forth and back: ("zigzag", 8) of "zigzag:8", 1 where nothing is said.
+
+    Raises ValueError for what is no layout's name.
+    """
+    name, colon, folds = str(kind).partition(":")
+    if name not in KINDS or (colon and (name != "zigzag" or not folds.isdecimal() or int(folds) < 1)):
+        allowed = ", ".join((*KINDS, "zigzag:K (K times forth and back, at least 1)"))
+        raise ValueError(f"unknown layout {kind!r}; allowed are {allowed}")
+    return name, int(folds or 1)
 
 
 @lru_cache(maxsize=256)
-def _plain(kind: str, seqlen: int, world: int) -> Layout:
+def _plain(kind: str, folds: int, seqlen: int, world: int) -> Layout:
     ranks: list[list[Run]]
     if kind == "contiguous":
         ranks = [[piece] for piece in _pieces(seqlen, world)]
     elif kind == "zigzag":
-        pieces = _pieces(seqlen, 2 * world)
-        ranks = [[pieces[r], pieces[2 * world - 1 - r]] for r in range(world)]
+        pieces = _pieces(seqlen, 2 * world * folds)
+        turns = range(0, len(pieces), 2 * world)
+        ranks = [[pieces[i] for at in turns for i in (at + r, at + 2 * world - 1 - r)] for r in range(world)]
     else:
         ranks = [[Run(r, -(-(seqlen - r) // world), world)] for r in range(world)]
-    return Layout(kind, seqlen, tuple(tuple(run for run in runs if run.length > 0) for runs in ranks))
+    name = kind if folds == 1 else f"{kind}:{folds}"
+    return Layout(name, seqlen, tuple(tuple(run for run in runs if run.length > 0) for runs in ranks))
 
 
 def _pieces(seqlen: int, n: int) -> list[Run]:

@@ -45,16 +45,9 @@ def work_of(parts: Iterable[Part], tile: int) -> Work:
 
 @lru_cache(maxsize=4096)
 def _work(slices: Slices, tile: int) -> Work:
-    q0, q1, k0, k1, lo, hi = slices.table.T
-    # One entry per Slice and tile of rows it touches: the keys that any of these rows sees, and those that all of them see.
-    first = q0 // tile
-    count = -(-q1 // tile) - first
-    band = np.repeat(np.arange(len(slices)), count)
-    row = np.arange(len(band)) - np.repeat(np.cumsum(count) - count, count) + first[band]
-    top, bottom = np.maximum(q0[band], row * tile), np.minimum(q1[band], (row + 1) * tile)
-    any0, any1 = np.maximum(k0[band], top + lo[band]), np.minimum(k1[band], bottom + hi[band])
+    _, _, k0, k1, lo, hi = slices.table.T
+    band, row, top, bottom, begin, end = _touched(slices, tile)
     all0, all1 = np.maximum(k0[band], bottom - 1 + lo[band]), np.minimum(k1[band], top + hi[band] + 1)
-    begin, end = any0 // tile, -(-any1 // tile)
     full = np.maximum(all1 // tile - -(-all0 // tile), 0)
     full[bottom - top < tile] = 0
     # Slices of disjoint rows share the tile at the border between them: one document ends where the next begins.
@@ -68,6 +61,63 @@ def _work(slices: Slices, tile: int) -> Work:
         masked_tiles=len(np.unique(cells, axis=0)),
         row_tiles=len(np.unique(row)),
     )
+
+
+class _Touched(NamedTuple):
+    """One entry per Slice and tile of rows it touches: the Slice's rows there, and the tiles of keys that any of them sees."""
+
+    band: IntArray
+    row: IntArray
+    top: IntArray
+    bottom: IntArray
+    begin: IntArray
+    end: IntArray
+
+
+def _touched(slices: Slices, tile: int) -> _Touched:
+    q0, q1, k0, k1, lo, hi = slices.table.T
+    first = q0 // tile
+    count = -(-q1 // tile) - first
+    band = np.repeat(np.arange(len(slices)), count)
+    row = np.arange(len(band)) - np.repeat(np.cumsum(count) - count, count) + first[band]
+    top, bottom = np.maximum(q0[band], row * tile), np.minimum(q1[band], (row + 1) * tile)
+    any0, any1 = np.maximum(k0[band], top + lo[band]), np.minimum(k1[band], bottom + hi[band])
+    return _Touched(band, row, top, bottom, any0 // tile, -(-any1 // tile))
+
+
+@lru_cache(maxsize=4096)
+def stretch(slices: Slices, tile: int, copies: int, units: int) -> float:
+    """How much longer a forward call takes than if its work were spread evenly over the device: the last units are done so late.
+
+    Tiles of ``tile`` query rows, ``copies`` of each (one a head and batch entry), are taken longest first by whichever of
+    ``units`` multiprocessors is free, as persistent kernels do.
+    """
+    touched = _touched(slices, tile)
+    keys = np.bincount(touched.row, weights=np.maximum(touched.end - touched.begin, 0))
+    lengths, count = np.unique(keys.astype(np.int64), return_counts=True)
+    total = int((lengths * count).sum()) * copies
+    if not total:
+        return 1.0
+    free = np.zeros(units, np.int64)
+    for length, n in zip(lengths[::-1].tolist(), (count[::-1] * copies).tolist(), strict=True):
+        if length:
+            free = _taken(free, length, n)
+    return float(free.max()) * units / total
+
+
+def _taken(free: IntArray, length: int, n: int) -> IntArray:
+    """When units that are free at these times are free after n items of one length, each taken by the first that is free."""
+    # All units work until some level; those that are below it by then take one item more each, the earliest first.
+    low, high = int(free.min()), int(free.max()) + length * (n // len(free) + 1)
+    while low < high:  # the first level at which more than n items would have been begun
+        middle = (low + high) // 2
+        begun = int((np.maximum(middle - free, 0) // length + (middle >= free)).sum())
+        low, high = (low, middle) if begun > n else (middle + 1, high)
+    taken = np.maximum(low - 1 - free, 0) // length + (low - 1 >= free)
+    left = n - int(taken.sum())
+    free = free + taken * length
+    free[np.flatnonzero(free == low)[:left]] += length
+    return free
 
 
 def _cells(row: IntArray, begin: IntArray, end: IntArray, full: IntArray, full_begin: IntArray) -> IntArray:

@@ -12,7 +12,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ringflash.options import MASKS, Parser, at_least_one, check_picture, layout_name, lengths, read_mask, schedule_name, size
+from ringflash.options import MASKS, Parser, at_least_one, check_picture, lengths, read_mask, schedule_name, size
 
 if TYPE_CHECKING:
     from ringflash.mask import Mask
@@ -124,7 +124,7 @@ def _add_plan(commands: Any) -> None:
     what.add_argument("--dtype", choices=("bfloat16", "float16", "float32", "float64"), default="bfloat16")
     how = plan.add_argument_group("how it is cut and moved")
     how.add_argument("--world", type=int, default=8, help="ranks (default 8)")
-    how.add_argument("--layout", default="zigzag", help="contiguous, zigzag (default), striped, balanced")
+    how.add_argument("--layout", default="zigzag", help="contiguous, zigzag (default), zigzag:K, striped, balanced")
     how.add_argument("--schedule", default="auto", help="auto (default), ring, allgather, staged:K, ulysses, hybrid, double_ring")
     how.add_argument("--ulysses", type=int, default=1, metavar="U", help="ranks that trade heads for sequence (hybrid)")
     how.add_argument("--inner", type=int, metavar="I", help="ranks of a fast-linked group (double_ring)")
@@ -176,8 +176,8 @@ def _plan(options: argparse.Namespace) -> int:
         raise ValueError(f"--queries {queries} are more than the {seqlen} tokens of the sequence")
     dims = options.head_dim, at_least_one("--head-dim-v", options.head_dim_v or options.head_dim)
     mask.check(queries, seqlen)
-    layout, schedule = layout_name(options.layout), schedule_name(options.schedule)
-    world = SimulatedWorld(options.world, layout, schedule, ulysses=options.ulysses, inner=options.inner)
+    schedule = schedule_name(options.schedule)
+    world = SimulatedWorld(options.world, options.layout, schedule, ulysses=options.ulysses, inner=options.inner)
     world = world.for_mask(mask)
     wanted = _ranks(options.rank, options.world)
     tables = _tables(options, world, seqlen)

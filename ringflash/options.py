@@ -44,15 +44,6 @@ def at_least_one(name: str, value: int) -> int:
     return value
 
 
-def layout_name(text: str) -> str:
-    """The name of a --layout."""
-    from ringflash.parallel.layout import KINDS
-
-    if text not in KINDS:
-        raise ValueError(f"unknown layout {text!r}; allowed are {', '.join(KINDS)}")
-    return text
-
-
 def schedule_name(text: str) -> str:
     """The name of a --schedule, possibly with the chunks of a stage."""
     from ringflash.parallel.plan import SCHEDULES

@@ -219,6 +219,16 @@ def test_ring_ratios_and_summary() -> None:
     assert "600 TF" in bench_ring.line(made[0])
 
 
+def test_a_systems_name_says_kernel_and_layout() -> None:
+    assert bench_ring.spelled("ringflash") == ("ringflash", "", "")
+    assert bench_ring.spelled("ringflash@zigzag:8") == ("ringflash", "", "zigzag:8")
+    assert bench_ring.spelled("ringflash_lean@striped") == ("ringflash", "lean", "striped")
+    assert bench_ring.spelled("single_cudnn")[:2] == ("single", "cudnn")
+    ours = {system for work in WORKS.values() for system in work.ours}
+    assert not any(map(bench_ring.is_peer, ours)) and all(bench_ring.is_peer(p) for w in WORKS.values() for p in w.peers)
+    assert compose("bench_ring", "systems=[single,ringflash@zigzag:8]").systems[1] == "ringflash@zigzag:8"
+
+
 @pytest.mark.parametrize("module", [bench_kernel, bench_ring], ids=lambda m: m.__name__)
 def test_options_compose(module: ModuleType) -> None:
     name = module.__name__.rpartition(".")[2]

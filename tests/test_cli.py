@@ -175,7 +175,7 @@ WRONG = [
     ("plan --seqlen 9 --world 0", "--world must be at least 1, got 0"),
     ("plan --seqlen 9 --heads 3 --kv-heads 2", "--heads 3 is no multiple of --kv-heads 2"),
     ("plan --seqlen 9 --heads many", "argument --heads: invalid int value: 'many'"),
-    ("plan --seqlen 9 --layout spiral", "unknown layout 'spiral'; allowed are contiguous, zigzag, striped, balanced\n"),
+    ("plan --seqlen 9 --layout spiral", "unknown layout 'spiral'; allowed are contiguous, zigzag, striped, balanced, zigzag:K"),
     ("plan --seqlen 9 --schedule rings", "staged, ulysses, hybrid, double_ring, staged:K (K chunks a stage, at least 1)\n"),
     ("plan --seqlen 9 --schedule staged:0", "unknown schedule 'staged:0'; allowed are auto, ring, "),
     ("plan --seqlen 0", "--seqlen must be at least 1, got 0"),

@@ -11,9 +11,11 @@ import pytest
 
 from ringflash.mask import Mask
 from ringflash.parallel import layout as layout_module
-from ringflash.parallel.layout import KINDS, Layout, make_layout
+from ringflash.parallel.layout import KINDS as NAMES
+from ringflash.parallel.layout import Layout, make_layout, read_kind
 from ringflash.testing import read_mask, visibility
 
+KINDS = (*NAMES, "zigzag:2", "zigzag:3")
 WORLDS = (1, 2, 3, 4, 5, 7, 8, 16)
 LENGTHS = (0, 1, 2, 3, 5, 7, 8, 15, 16, 17, 31, 32, 33, 100, 1023)
 
@@ -36,7 +38,7 @@ def test_every_position_is_held_exactly_once(kind: str, world: int) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("world", WORLDS)
 def test_ranks_hold_even_shares(kind: str, world: int) -> None:
-    pieces_per_rank = {"contiguous": 1, "zigzag": 2, "striped": 1}
+    pieces_per_rank = {"contiguous": 1, "zigzag": 2, "zigzag:2": 4, "zigzag:3": 6, "striped": 1}
     for seqlen in LENGTHS:
         lengths = make_layout(kind, seqlen, world, Mask.causal()).lengths
         # A piece may be one token longer than another, and balanced draws how many pieces a rank gets.
@@ -60,9 +62,29 @@ def test_the_layouts_are_what_their_names_say() -> None:
 
     assert positions("contiguous", 8, 4) == [[0, 1], [2, 3], [4, 5], [6, 7]]
     assert positions("zigzag", 8, 4) == [[0, 7], [1, 6], [2, 5], [3, 4]]
+    assert positions("zigzag:1", 8, 4) == positions("zigzag", 8, 4)
+    assert positions("zigzag:2", 16, 4) == [[0, 7, 8, 15], [1, 6, 9, 14], [2, 5, 10, 13], [3, 4, 11, 12]]
+    assert positions("zigzag:2", 5, 2) == [[1, 2, 4], [0, 3]]  # eight pieces, of one token or of none
     assert positions("striped", 8, 4) == [[0, 4], [1, 5], [2, 6], [3, 7]]
     assert positions("striped", 2, 4) == [[0], [1], [], []]
     assert positions("striped", 6, 4) == [[0, 4], [1, 5], [2], [3]]
+
+
+@pytest.mark.parametrize("kind", ["zigzag:0", "zigzag:", "zigzag:-1", "zigzag:2.5", "striped:2", "spiral", "", None])
+def test_a_name_of_no_layout_is_refused(kind: str) -> None:
+    with pytest.raises(ValueError, match=r"unknown layout .*; allowed are contiguous, zigzag, striped, balanced, zigzag:K"):
+        read_kind(kind)
+
+
+def test_every_rank_of_a_folded_zigzag_has_short_and_long_rows() -> None:
+    """Under a causal mask the keys of a rank's rows then go from few to nearly all, in about even steps."""
+    for world in (2, 4, 8):
+        seqlen = 64 * world
+        for folds in (1, 2, 4, 8):
+            piece = seqlen // (2 * world * folds)
+            for positions in (make_layout(f"zigzag:{folds}", seqlen, world).positions(r) for r in range(world)):
+                assert positions[0] < world * piece and positions[-1] >= seqlen - world * piece
+                assert np.diff(positions).max() <= (2 * world - 1) * piece + 1
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -157,7 +157,7 @@ def draw(seed: int, *, worlds: Sequence[int] = (1, 2, 3, 4, 5, 6, 7, 8), max_len
     kv_heads = d.one_of([1, 1, 2, 2, 3, 4])
     head_dim = d.one_of([8, 16, 24])
     more = Drawing(seed + (1 << 32))  # words that came later: the others are drawn as ever
-    return Case(
+    case = Case(
         mask=mask,
         layout=layout,
         schedule=schedule,
@@ -185,6 +185,8 @@ def draw(seed: int, *, worlds: Sequence[int] = (1, 2, 3, 4, 5, 6, 7, 8), max_len
         deterministic=d.chance(0.1),
         seed=seed,
     )
+    folds = more.one_of([1, 1, 2, 3])
+    return replace(case, layout=f"zigzag:{folds}") if layout == "zigzag" and folds > 1 else case
 
 
 def _schedule(d: Drawing, world: int) -> tuple[str, int, int | None]:
