@@ -171,8 +171,8 @@ BUGS = (
     Bug(
         "what is left of the local work starts a tile late",
         "parallel/plan.py",
-        "clipped(3, first * tile), clipped(2, first * tile)",
-        "clipped(3, first * tile), clipped(2, first * tile + 1)",
+        "clipped(end, first * tile), clipped(begin, first * tile)",
+        "clipped(end, first * tile), clipped(begin, first * tile + 1)",
     ),
     Bug(
         "what is left of the local work is computed first",

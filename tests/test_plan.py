@@ -14,7 +14,19 @@ import pytest
 
 from ringflash.mask import Dilated, Mask
 from ringflash.parallel.layout import Layout, make_layout
-from ringflash.parallel.plan import Plan, PlanKey, Ranges, Schedule, Step, Transfer, head_shares, make_plan, make_schedule, plans
+from ringflash.parallel.plan import (
+    LOCAL_FIRST,
+    Plan,
+    PlanKey,
+    Ranges,
+    Schedule,
+    Step,
+    Transfer,
+    head_shares,
+    make_plan,
+    make_schedule,
+    plans,
+)
 from ringflash.simulated import SimulatedWorld
 from ringflash.slices import Slices
 from ringflash.testing import Case, draw, visibility
@@ -389,13 +401,24 @@ def test_a_backward_pass_ends_with_a_part_of_the_local_work() -> None:
     assert [(step.local, len(step.chunks)) for step in plan.steps] == [(True, 1), (False, 1), (False, 1), (False, 1), (True, 0)]
     local = forward.steps[0].area
     assert plan.steps[0].area + plan.steps[-1].area == local and plan.steps[0].area == pytest.approx(local / 3, rel=0.02)
-    assert plan.steps[0].parts[0].slices.table[:, 3].max() % 128 == 0, "cut on the edge of a tile"
+    assert plan.steps[0].parts[0].slices.table[:, 3].max() % 256 == 0, "cut on the edge of a pair's tile"
     # The last gradients leave after the last remote step, and are waited for after the local work that follows.
     (slot,) = (n for n, posts in enumerate(plan.homes) if any(post.step == 3 for post in posts))
     assert (slot, plan.due(slot, 3)) == (3, 4) and not plan.homes[4]
     short = make_layout("zigzag", 4 * 8191, 4)
     key = PlanKey(CAUSAL, short, short, Schedule("staged", rows=98_304), 32, 8, 1)
     assert [step.local for step in make_plan(key).backward().steps] == [True, False]
+
+
+def test_local_work_is_divided_by_keys_whatever_travels() -> None:
+    """A kernel adds up the gradients of a tile of keys once per call."""
+    where = make_layout("zigzag", 131_072, 4)
+    key = PlanKey(CAUSAL, where, where, Schedule("staged", rows=98_304, travels="q"), 32, 32, 1)
+    plan = make_plan(key).backward()
+    assert plan.key.travels == "q" and [step.local for step in plan.steps] == [True, False, False, False, True]
+    first, last = (plan.steps[n].parts[0].slices.table for n in (0, -1))
+    assert first[:, 3].max() == last[:, 2].min() and first[:, 3].max() % 256 == 0
+    assert plan.steps[0].area == pytest.approx(LOCAL_FIRST["q"] * make_plan(key).steps[0].area, rel=0.02)
 
 
 def double_ring(schedule: Schedule, backward: bool, world: int = 6) -> Plan:
