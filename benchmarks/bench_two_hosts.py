@@ -1,19 +1,22 @@
 """Four GPUs of one host as two hosts of two: what a double ring takes, beside a ring, and against what it cannot beat.
 
-    python -m benchmarks.bench_two_hosts [tokens ...]
+    python -m benchmarks.bench_two_hosts [--link-gbit 8] [tokens ...]
 
 NCCL is told that ranks 0, 1 and ranks 2, 3 are on different hosts (NCCL_HOSTID), so that what they send each other goes through
-sockets on loopback. No pass can be shorter than its kernels, or than the bytes that cross between the hosts over the speed that
-was measured for them. Causal, zigzag, batch 1, bf16, 32 query heads of 128, and 8 or 32 key heads. Times are of the slowest rank,
-medians, in ms; the ring and the double ring are read in turn.
+sockets: on loopback, whose speed depends on how many lanes and directions are busy, or with --link-gbit (as root, with iproute2)
+between two network namespaces, over a link that lets so many Gbit/s through each way. No pass can be shorter than its kernels, or
+than the bytes that cross between the hosts over the speed that was measured for them. Causal, zigzag, batch 1, bf16, 32 query
+heads of 128, and 8 or 32 key heads. Times are of the slowest rank, medians, in ms; the ring and the double ring are read in turn.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import statistics
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -24,7 +27,7 @@ from torch import Tensor
 import ringflash as rf
 from ringflash.parallel.plan import Plan, Post, Schedule, row_bytes
 from ringflash.parallel.transport.p2p import far_groups
-from ringflash.testing import RankPool
+from ringflash.testing import RankPool, two_nodes
 
 WORLD, NODE = 4, 2
 HEADS, HEAD_DIM = 32, 128
@@ -55,10 +58,13 @@ HEAD = (
 )
 
 
-def emulate_hosts(rank: int) -> None:
-    """Before NCCL starts in this process."""
+def emulate_hosts(rank: int, namespaces: Sequence[str] = ()) -> None:
+    """Before NCCL starts in this process. namespaces: of the two hosts; none: all on loopback."""
     global _group
-    os.environ.update(NCCL_HOSTID=f"host{rank // NODE}", NCCL_SOCKET_IFNAME="lo", NCCL_IB_DISABLE="1")
+    if namespaces:
+        two_nodes.enter(namespaces[rank // NODE])
+    interface = two_nodes.INTERFACE if namespaces else "lo"
+    os.environ.update(NCCL_HOSTID=f"host{rank // NODE}", NCCL_SOCKET_IFNAME=interface, NCCL_IB_DISABLE="1")
     torch.cuda.set_device(rank)
     _group = dist.new_group(backend="nccl")
     dist.all_reduce(torch.zeros(1, device="cuda"), group=_group)  # NCCL sets up its rings in the first collective
@@ -163,11 +169,16 @@ def measure(rank: int, seqlen: int, kv_heads: int, GBps: tuple[float, float]) ->
     return found
 
 
-def main(lengths: Sequence[int]) -> None:
+def main(lengths: Sequence[int], link_gbit: float | None) -> None:
     if torch.cuda.device_count() < WORLD:
         sys.exit(f"needs {WORLD} GPUs, found {torch.cuda.device_count()}")
-    with RankPool(WORLD) as pool:
-        pool.run(emulate_hosts)
+    if link_gbit is not None and (why := two_nodes.missing()):
+        sys.exit(f"--link-gbit {why}")
+    link: AbstractContextManager[Sequence[str]] = nullcontext(())
+    if link_gbit is not None:
+        link = two_nodes.shaped_link(round(link_gbit * 1e9))
+    with link as namespaces, RankPool(WORLD) as pool:
+        pool.run(emulate_hosts, namespaces)
         GBps = pool.run(link_GBps)[0]
         print(f"between the hosts, each way, both busy: {GBps[0]:.2f} GB/s by one lane, {GBps[1]:.2f} by two\n{HEAD}", flush=True)
         for seqlen in lengths:
@@ -176,4 +187,8 @@ def main(lengths: Sequence[int]) -> None:
 
 
 if __name__ == "__main__":
-    main([int(n) for n in sys.argv[1:]] or [131_072, 262_144])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tokens", nargs="*", type=int, default=[131_072, 262_144])
+    parser.add_argument("--link-gbit", type=float, help="speed of the link between the hosts; default: that of loopback")
+    options = parser.parse_args()
+    main(options.tokens, options.link_gbit)

@@ -6,11 +6,8 @@ Kernels sleep here instead of computing, so that the time of a pass is that of i
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
-import shutil
 import statistics
-import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -27,7 +24,7 @@ from ringflash.kernels import Extras
 from ringflash.parallel.plan import Plan, Post, Schedule, row_bytes
 from ringflash.parallel.transport import Label, Message, Transport
 from ringflash.slices import Slices
-from ringflash.testing import Case, Idle, RankPool, objections_on_ranks
+from ringflash.testing import Case, Idle, RankPool, objections_on_ranks, two_nodes
 
 WORLD, NODE = 4, 2
 RATE = 160_000_000
@@ -36,55 +33,13 @@ HEADS, HEAD_DIM = 32, 128
 ROWS = 64
 """Of a rank: its keys and values are 2 MiB, 110 ms of the link."""
 
-CLONE_NEWNET = 0x40000000
-
-
-def shell(command: str) -> None:
-    subprocess.run(command, shell=True, check=True, capture_output=True)
-
-
-def _missing() -> str:
-    """Why this machine cannot join two namespaces by a shaped link; empty if it can."""
-    if os.geteuid() != 0:
-        return "needs root, to make network namespaces"
-    if not (shutil.which("ip") and shutil.which("tc")):
-        return "needs `ip` and `tc` (iproute2)"
-    try:
-        with shaped_link():
-            return ""
-    except subprocess.CalledProcessError as error:
-        return f"needs network namespaces, veth and tbf: {error.stderr.decode().strip()}"
-
-
-@contextlib.contextmanager
-def shaped_link() -> Iterator[tuple[str, str]]:
-    """Names of two network namespaces, each with one interface, "node", to the other, that lets RATE through."""
-    names = f"ringflash{os.getpid()}a", f"ringflash{os.getpid()}b"
-    try:
-        for name in names:
-            shell(f"ip netns add {name}")
-        shell(f"ip link add name node netns {names[0]} type veth peer name node netns {names[1]}")
-        for i, name in enumerate(names):
-            shell(f"ip -n {name} addr add 10.77.0.{i + 1}/24 dev node")
-            for interface in ("lo", "node"):
-                shell(f"ip -n {name} link set {interface} up")
-            # What is under way at a time is bounded, else the queue grows faster than TCP learns of it, and it sends again.
-            bounds = " ".join(f'net.ipv4.tcp_{x}mem="4096 65536 262144"' for x in "rw")
-            shell(f"ip netns exec {name} sysctl -w net.ipv4.tcp_congestion_control=reno {bounds}")
-            shell(f"tc -n {name} qdisc add dev node root tbf rate {RATE} burst 64kb limit 64mb")
-        yield names
-    finally:
-        for name in names:
-            subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
-
 
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[RankPool]:
     """Ranks 0 and 1 in one namespace, 2 and 3 in the other; ``GROUP`` of each talks over these."""
-    missing = _missing()
-    if missing:
-        pytest.skip(missing)
-    with shaped_link() as names, RankPool(WORLD) as pool:
+    if why := two_nodes.missing():
+        pytest.skip(why)
+    with two_nodes.shaped_link(RATE) as names, RankPool(WORLD) as pool:
         pool.run(enter, names)
         yield pool
 
@@ -97,11 +52,8 @@ def enter(rank: int, names: tuple[str, str]) -> None:
     global GROUP
     with contextlib.suppress(OSError):
         os.setpriority(os.PRIO_PROCESS, 0, -20)  # and so the group's threads
-    libc = ctypes.CDLL(None, use_errno=True)
-    with open(f"/run/netns/{names[rank // NODE]}") as namespace:
-        if libc.setns(namespace.fileno(), CLONE_NEWNET):
-            raise OSError(ctypes.get_errno(), "setns")
-    os.environ["GLOO_SOCKET_IFNAME"] = "node"
+    two_nodes.enter(names[rank // NODE])
+    os.environ["GLOO_SOCKET_IFNAME"] = two_nodes.INTERFACE
     GROUP = dist.new_group(backend="gloo")
 
 
