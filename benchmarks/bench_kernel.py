@@ -7,6 +7,10 @@ times, each reading about ``work_ms`` long, after ``warm_s`` seconds of the same
 visible pair and head forward, 10 D backward. A system whose results differ from ours, or that fails, is left out with a word.
 Rows go to a JSON-lines file as they are measured; every suite ends with its geometric mean and its worst cell.
 
+    torchrun --nproc-per-node 4 -m benchmarks.bench_kernel
+
+deals the cases to four GPUs. A case is read on one of them, with all its systems, so that its ratios are of one chip.
+
 The suites "epilogues" (forward), "ring_steps" and "deterministic" (backward) compare ours with itself; "ceiling" is one large
 matrix product, as fast as the chip goes.
 """
@@ -14,6 +18,7 @@ matrix product, as fast as the chip goes.
 from __future__ import annotations
 
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +31,7 @@ from typing import Any
 import hydra
 import numpy as np
 import torch
+import torch.distributed as dist
 from omegaconf import DictConfig
 from torch import Tensor
 from torch.nn.attention import SDPBackend
@@ -397,15 +403,37 @@ def deterministic(cfg: DictConfig) -> Iterator[Group]:
         yield Group("deterministic", case, "backward", batch, runs, {name: name.split(",")[0] for name in runs})
 
 
-def groups(suite: str, direction: str, cfg: DictConfig) -> Iterator[Group]:
+class Deal:
+    """Which of the cases, in their order, this process reads: every one, or under torchrun each process other ones."""
+
+    def __init__(self) -> None:
+        self.rank, self.world = (int(os.environ.get(name, at)) for name, at in (("RANK", "0"), ("WORLD_SIZE", "1")))
+        self.dealt = 0
+
+    def mine(self) -> bool:
+        self.dealt += 1
+        return (self.dealt - 1) % self.world == self.rank
+
+    def together(self, rows: Sequence[Row]) -> list[Row]:
+        """The rows of all processes, on each of them."""
+        if self.world == 1:
+            return list(rows)
+        dist.init_process_group("gloo")
+        found: list[list[Row]] = [[] for _ in range(self.world)]
+        dist.all_gather_object(found, list(rows))
+        dist.destroy_process_group()
+        return [row for some in found for row in some]
+
+
+def groups(suite: str, direction: str, cfg: DictConfig, deal: Deal) -> Iterator[Group]:
     """Made one after the other, so that one group's tensors are gone before the next one's come."""
     if suite in OWN_SUITES:
-        if direction == OWN_SUITES[suite]:
+        if direction == OWN_SUITES[suite] and deal.mine():
             made = {"ceiling": ceiling, "epilogues": epilogues, "ring_steps": ring_steps, "deterministic": deterministic}
             yield from made[suite](cfg)
         return
     for case in SUITES[suite]:
-        if cfg.max_len >= case.S and cfg.only in case.name:
+        if cfg.max_len >= case.S and cfg.only in case.name and deal.mine():
             yield against_peers(suite, case, direction, cfg)
 
 
@@ -474,6 +502,8 @@ def main(cfg: DictConfig) -> None:
     ):
         if unknown := set(given) - set(allowed):
             raise ValueError(f"unknown {word} {sorted(unknown)}; allowed: {', '.join(sorted(allowed))}")
+    deal = Deal()
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     torch.manual_seed(0)
     where = (torch.cuda.get_device_name(), torch.__version__, commit(cfg.commit))
     rows: list[Row] = []
@@ -481,7 +511,7 @@ def main(cfg: DictConfig) -> None:
     begin = time.monotonic()
     for suite in cfg.suites:
         for direction in directions:
-            for group in groups(suite, direction, cfg):
+            for group in groups(suite, direction, cfg, deal):
                 if not group.runs:
                     continue
                 fresh = rows_of(group, read(group.runs, cfg), cfg.dtype, where)
@@ -489,6 +519,9 @@ def main(cfg: DictConfig) -> None:
                 rows += fresh
                 append(Path(cfg.out), fresh)
                 print(f"{time.monotonic() - begin:4.0f} s  {line(fresh)}", flush=True)
+    rows = deal.together(rows)
+    if deal.rank:
+        return
     for text in summaries(rows):
         print(text, flush=True)
     if cfg.plot:

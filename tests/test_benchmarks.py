@@ -219,6 +219,33 @@ def test_ring_ratios_and_summary() -> None:
     assert "600 TF" in bench_ring.line(made[0])
 
 
+def dealt(rank: int, world: int, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, str]]:
+    """What one process of bench_kernel reads: suite, case, direction."""
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    cfg, deal = compose("bench_kernel"), bench_kernel.Deal()
+    return [
+        (group.suite, group.case.name, group.direction)
+        for suite in cfg.suites
+        for direction in ("forward", "backward")
+        for group in bench_kernel.groups(suite, direction, cfg, deal)
+    ]
+
+
+def test_processes_share_the_cases(monkeypatch: pytest.MonkeyPatch) -> None:
+    def group(suite: str, case: Case, direction: str, cfg: Any) -> Group:
+        return Group(suite, case, direction, 1, {})
+
+    monkeypatch.setattr(bench_kernel, "against_peers", group)
+    for suite, direction in bench_kernel.OWN_SUITES.items():
+        monkeypatch.setattr(bench_kernel, suite, lambda cfg, s=suite, d=direction: iter([group(s, SUITES["windows"][0], d, cfg)]))
+    everything = dealt(0, 1, monkeypatch)
+    assert len(everything) == 2 * sum(map(len, SUITES.values())) + len(bench_kernel.OWN_SUITES)
+    shares = [dealt(rank, 3, monkeypatch) for rank in range(3)]
+    assert sorted(x for share in shares for x in share) == sorted(everything)
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
 def test_a_systems_name_says_kernel_and_layout() -> None:
     assert bench_ring.spelled("ringflash") == ("ringflash", "", "")
     assert bench_ring.spelled("ringflash@zigzag:8") == ("ringflash", "", "zigzag:8")
