@@ -211,9 +211,10 @@ __device__ __forceinline__ void produce_statistics(const BackwardParams& p, Shar
       for (int r = 0; r < kEach; r++) a[r] = first + r * 32 < p.q_len ? __ldg(lse + first + r * 32) : -INFINITY;
     }
     {
+      // Not __ldg: that is for memory nobody writes while the kernel runs, and this one may begin before delta's has ended.
       const float* delta = p.delta + step.batch * p.delta_batch_stride + step.head * p.delta_head_stride;
 #pragma unroll
-      for (int r = 0; r < kEach; r++) c[r] = first + r * 32 < p.q_len ? __ldg(delta + first + r * 32) : 0.f;
+      for (int r = 0; r < kEach; r++) c[r] = first + r * 32 < p.q_len ? __ldcg(delta + first + r * 32) : 0.f;
     }
 #pragma unroll
     for (int r = 0; r < kEach; r++) {
