@@ -146,10 +146,11 @@ class ContextParallel(Sharding):
                owner's memory).
     timeout_s  how long a peer may be silent before an error, seconds (default RINGFLASH_TIMEOUT_S).
     memory_budget  bytes that a call may take on a rank at most, forward or backward, beyond what the caller has anyway (q, k, v,
-               out, log-sum-exp and gradients): running state, stages, and the buffers of symmetric memory. "auto" then takes
-               smaller stages, and any schedule but Ulysses computes the heads in groups, one group after the other, as far
-               as it must; ValueError, with the numbers, if even that takes more. "lean": a tenth of those tensors and 1.1
-               times two stages, or else as little as can be. Default None: no bound.
+               out, log-sum-exp and gradients): running state, stages, the buffers of symmetric memory, and what the kernel sums
+               deterministic gradients in. "auto" then takes smaller stages, and any schedule but Ulysses computes the heads in
+               groups, one group after the other, as far as it must; ValueError, with the numbers, if even that takes more.
+               "lean": a tenth of those tensors and 1.1 times two stages (and what the kernel sums in), or else as little as
+               can be. Default None: no bound.
 
     All ranks of the group must create it, and call its methods, together. Raises ValueError for what does not fit.
     """
@@ -256,16 +257,17 @@ class ContextParallel(Sharding):
         mask: Mask | None = None,
         device: torch.device | str = "cuda",
         takes_delta: bool = True,
+        deterministic: bool = False,
         **shape: int,
     ) -> str:
         """What a call would do on this rank, as `Plan.explain` tells it, and by which transport: why that one, if it was chosen.
 
-        takes_delta and shape (batch, head_dim, dtype_bytes): as there.
+        takes_delta, deterministic and shape (batch, head_dim, dtype_bytes): as there.
         """
         where = torch.device(device)
         known = [d for d in self._transports if d.type == where.type]
         plan = self.plan(self.rank, self.bound(mask), seqlen, seqlen, heads, kv_heads)
-        text = plan.explain(where.type, takes_delta=takes_delta, **shape)
+        text = plan.explain(where.type, takes_delta=takes_delta, deterministic=deterministic, **shape)
         return f"{text}\ntransport    {self.transport_text(known[0] if known else where)}"
 
     def _make_transport(self, device: torch.device) -> tuple[Transport, str]:

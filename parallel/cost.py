@@ -142,10 +142,12 @@ def predict(
     head_dim_v: int | None = None,
     dtype_bytes: int = 2,
     takes_delta: bool = True,
+    deterministic: bool = False,
 ) -> Forecast:
     """The forecast of one rank, whose peers are taken to be as fast as itself. The options are those of Shape."""
     plan = make_plan(plan) if isinstance(plan, PlanKey) else plan
-    shape = Shape(batch, head_dim, head_dim if head_dim_v is None else head_dim_v, dtype_bytes, takes_delta)
+    dims = head_dim, head_dim if head_dim_v is None else head_dim_v
+    shape = Shape(batch, *dims, dtype_bytes, takes_delta, deterministic=deterministic)
     return predict_all([plan], device, link, shape)[0]
 
 
@@ -428,7 +430,8 @@ def explain(plan: Plan, forecast: Forecast, *, chosen: str = "", kernel: str = "
         *([("kernel", kernel)] if kernel else []),
         ("predicted", f"for {device.name}, {link.name}" + (f" ({source})" if source else "")),
     ]
-    for name, times in (("forward", forecast.forward), ("backward", forecast.backward)):
+    gradients = "backward, deterministic" if shape.deterministic else "backward"
+    for name, times in (("forward", forecast.forward), (gradients, forecast.backward)):
         parts = "; ".join(f"{what} {size_text(nbytes)}" for what, nbytes in times.memory.items)
         facts.append(("memory", f"peak {size_text(times.memory.total)} {name}: {parts}"))
     facts += [("travels", travels_text(plan, shape))] if plan.rings > 1 else []

@@ -1,7 +1,9 @@
 """Peak memory of one rank's pass, by walking a plan as the running code does and counting what it allocates and lets go.
 
 The order of events is that of autograd.py, heads.py and transport/; a test runs those under a counter of storages and compares.
-Not counted: what kernels need for themselves, and what a collective transport copies (`alltoall`, `allgather`).
+Of what kernels need for themselves it counts what they declare (``kernels.Extras``), which are upper bounds. Not counted: copies
+of inputs that a kernel cannot read where they lie (no tensor that the loops make is such), of log-sum-exp and delta for a dilated
+mask's views, and what a collective transport copies (`alltoall`, `allgather`).
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ PACKED = "own chunk, packed"
 STAGES = "arrived chunks"
 HOME = "float32 gradients of stages"
 MAIL = "gradients arriving from others"
-SCRATCH = "temporaries"
+WORKSPACE = "workspace of the kernel"
 
 
 @dataclass(frozen=True)
@@ -42,12 +44,30 @@ class Shape:
     takes_delta: bool = True
     """Whether the kernel's backward takes delta in place of out (``kernels.Extras.delta``): only then may queries travel."""
     settle_rows: int = 384
-    """``kernels.Extras.settle_rows``: the results of rows that one call completes stand beside the others' running state. This
-    and the one above are by default those of our own kernels."""
+    """``kernels.Extras.settle_rows``: the results of rows that one call completes stand beside the others' running state. This,
+    the one above and the last two are by default those of our own kernels."""
+    deterministic: bool = False
+    """Whether gradients must repeat bitwise."""
+    portion_bytes: tuple[tuple[int, int], ...] = ((64, 128 << 20), (96, 192 << 20), (128, 256 << 20))
+    """``kernels.Extras.portion_bytes``: by head dim, up to."""
+    turn_rows: int = 64
+    """``kernels.Extras.turn_rows``."""
 
     def backward(self, plan: Plan) -> Plan:
         """The plan of the backward pass of such tensors."""
         return plan.backward(self.head_dim, self.head_dim_v, self.dtype_bytes, self.takes_delta)
+
+    def portions(self, only_call: bool) -> int:
+        """Bytes, at most, of partial sums of a backward call. only_call: whether it is its pass (``kernels.OneCallKernel``)."""
+        if not (self.deterministic or only_call) or self.dtype_bytes != 2:  # kernels that divide work so are of 16-bit inputs
+            return 0
+        return next((n for dim, n in self.portion_bytes if max(self.head_dim, self.head_dim_v) <= dim), 0)
+
+    def turns(self, rows: int, heads: int) -> int:
+        """Bytes, at most, by which a backward call on so many query rows and heads orders its additions."""
+        if not self.deterministic or self.dtype_bytes != 2 or not self.turn_rows:
+            return 0
+        return self.batch * heads * -(-rows // self.turn_rows) * 8
 
     @property
     def acc_bytes(self) -> int:
@@ -295,6 +315,13 @@ def forward_peak(plan: Plan, shape: Shape, sinks: bool = False, lse: bool = Fals
     return ledger.peak()
 
 
+def _is_only_call(plan: Plan) -> bool:
+    """Whether a backward pass is one kernel call on whole tensors, so that a OneCallKernel takes its short way. That may do
+    without float32 dk and dv, which the walk has all the same."""
+    parts = [part for step in plan.steps for part in step.parts]
+    return len(plan.steps) == len(parts) == plan.rings == len(plan.shares) == 1 and parts[0].q_view == parts[0].k_view == (0, 1)
+
+
 def backward_peak(plan: Plan, shape: Shape, dlse: bool = False, leased: bool = False) -> Peak:
     """The peak of `autograd.backward_loop`: what forward saved, the incoming gradients, and the results included.
 
@@ -317,11 +344,16 @@ def backward_peak(plan: Plan, shape: Shape, dlse: bool = False, leased: bool = F
     ledger.take(STATE, plan.k_len * row.kv_acc if turned else plan.q_len * row.q_acc)
     stages = _StagesWalk(plan, ledger, row.moved, 2 * row.lse if turned else 0, leased)
     home = _HomeWalk(plan, ledger, row.home, leased)
+    portions = shape.portions(_is_only_call(plan))
     home.gradients(0)
-    for n in range(len(plan.steps)):
+    for n, step in enumerate(plan.steps):
         stages.arrive(n)
         stages.post(n)
         home.gradients(n)
+        for part in step.parts:
+            queries = range(part.q_view.start, step.rows if turned and not step.local else plan.q_len, part.q_view.step)
+            ledger.take(WORKSPACE, portions + shape.turns(len(queries), plan.share.q_heads))
+            ledger.drop(WORKSPACE)
         home.receive(n)
         home.post(n)
         stages.release(n)
@@ -383,10 +415,11 @@ class Demand:
 
 def lean_bytes(plan: Plan, call: Demand) -> int:
     """What is little beyond a call's tensors: a tenth of them, and 1.1 times two of the world's longest stages (what transports
-    hold is as large on all ranks)."""
+    hold is as large on all ranks). And the partial sums of a kernel, which nothing that a budget decides makes fewer."""
     row = plan.share.kv_heads * call.shape.dims * call.shape.dtype_bytes
     stage = plan.longest_stage() * row
-    return (tensor_bytes(plan, call.shape, call.backward) + 11 * 2 * stage * call.shape.batch) // 10
+    portions = call.shape.portions(_is_only_call(plan)) if call.backward else 0
+    return (tensor_bytes(plan, call.shape, call.backward) + 11 * 2 * stage * call.shape.batch) // 10 + portions
 
 
 class Frugality(NamedTuple):

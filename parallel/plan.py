@@ -14,7 +14,7 @@ Steps and slots are the same on all ranks, but a rank has only what it needs in 
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache
@@ -319,23 +319,46 @@ class Plan:
         return rank * self.key.schedule.ulysses + self.member
 
     def explain(
-        self, device: str = "cuda", batch: int = 1, head_dim: int = 128, dtype_bytes: int = 2, takes_delta: bool = True
+        self,
+        device: str = "cuda",
+        batch: int = 1,
+        head_dim: int = 128,
+        dtype_bytes: int = 2,
+        takes_delta: bool = True,
+        deterministic: bool = False,
     ) -> str:
         """The plan with its predicted times, bytes and memory on "cuda" or "cpu", as text (see cost.py).
 
-        takes_delta: of the kernel, as for ``backward``; the text says so where it matters.
+        takes_delta: of the kernel, as for ``backward``; the text says so where it matters. deterministic: of the call; the memory
+        is that of such gradients.
         """
         from ringflash.parallel.cost import explain, predict
         from ringflash.parallel.tables import measured
 
         tables = measured(device)
         shape = {"batch": batch, "head_dim": head_dim, "dtype_bytes": dtype_bytes}
-        forecast = predict(self, tables.device, tables.link, takes_delta=takes_delta, **shape)
+        forecast = predict(self, tables.device, tables.link, takes_delta=takes_delta, deterministic=deterministic, **shape)
         return explain(self, forecast, source=tables.source)
 
     def of_peer(self, rank: int) -> Plan:
         """The plan of another ring rank."""
         return make_plan(replace(self.key, rank=self.peer(rank)))
+
+    def row_at(self, rank: int, owner: int, ranges: Ranges) -> tuple[int, int]:
+        """Where a ring rank holds what it takes of another's chunk: the step in whose buffer, and the first row there.
+
+        ranges: of a transfer, so all that is taken of a piece. Another rank's plan, with its Slices, is not made for it: those of
+        1,024 ranks took minutes.
+        """
+        world = _world(replace(self.key, rank=0))
+        rows = world.key.moving()[1].lengths[owner]
+        cuts = [rows * p // world.pieces for p in range(1, world.pieces)]
+        piece = owner * world.pieces + bisect_right(cuts, ranges[0][0])
+        step = world.steps[rank][piece]
+        if rank == self.rank:
+            return step, next(chunk.offset for chunk in self.steps[step].chunks if chunk[::2] == (owner, ranges))
+        stage = world.stages[rank][step - 1]
+        return step, _rows_taken(world, rank, stage[: stage.index(piece)])
 
     def backward(self, head_dim: int = 128, head_dim_v: int = 128, dtype_bytes: int = 2, takes_delta: bool = True) -> Plan:
         """The plan of the backward pass. What travels in it is what the schedule says, or what moves fewer bytes.
@@ -864,6 +887,17 @@ def _needs(key: PlanKey, together: int, pieces: int) -> _Needs:
         return _Needs(bands, None, None)
     groups = low.q_piece // together * (stay.world * pieces)
     return _Needs(bands, low, _reach(low, groups + low.k_piece, key.max_gap))
+
+
+def _rows_taken(world: _World, rank: int, pieces: Sequence[int]) -> int:
+    """Of these pieces: the rows that a ring rank's stages hold, also where the world does not know them."""
+    if world.takes is not None or not world.key.trim or world.together > 1:
+        return int(world.rows(rank)[pieces].sum())
+    if not pieces:
+        return 0
+    low = world.lowered([rank], sorted({piece // world.pieces for piece in pieces}))
+    found = _reach(low, low.k_piece, world.key.max_gap)
+    return sum([b - a for piece in pieces for a, b in found.get(piece, ())])
 
 
 def steps_of(key: PlanKey) -> IntArray:

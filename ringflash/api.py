@@ -141,7 +141,10 @@ def _facts(call: Call, plan: Plan, kernel: Kernel, transport: str) -> dict[str, 
 def demand(call: Call, kernel: Kernel, symmetric: bool = False) -> Demand:
     """What a memory budget must know of a call."""
     extras = kernel.extras
-    shape = Shape(call.q_shape[0], call.q_shape[3], call.v_shape[3], call.dtype.itemsize, extras.delta, extras.settle_rows)
+    shape = Shape(
+        call.q_shape[0], call.q_shape[3], call.v_shape[3], call.dtype.itemsize, extras.delta, extras.settle_rows,
+        call.deterministic, extras.portion_bytes, extras.turn_rows,
+    )  # fmt: skip
     return Demand(shape, call.needs_grad, call.sinks, call.with_lse, symmetric)
 
 

@@ -190,8 +190,8 @@ BUGS = (
     Bug(
         "zigzag's second piece from the wrong end",
         "parallel/layout.py",
-        "pieces[2 * world - 1 - r]",
-        "pieces[world + r]",
+        "at + 2 * world - 1 - r",
+        "at + world + r",
         LAYOUT,
     ),
     # heads

@@ -115,6 +115,45 @@ def test_a_budget_is_of_the_kernel_that_computes() -> None:
         shape = demand(call, kernel).shape
         assert (shape.takes_delta, shape.settle_rows) == (kernel.extras.delta, kernel.extras.settle_rows)
     assert (Shape().takes_delta, Shape().settle_rows) == (hopper.EXTRAS.delta, hopper.EXTRAS.settle_rows)
+    assert (Shape().portion_bytes, Shape().turn_rows) == (hopper.EXTRAS.portion_bytes, hopper.EXTRAS.turn_rows)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_budget_counts_what_the_kernel_sums_deterministic_gradients_in(deterministic: bool) -> None:
+    q, k, v = (torch.empty(1, 8, heads, 96, dtype=torch.bfloat16, requires_grad=True) for heads in (32, 8, 8))
+    call = check(q, k, v, Mask.causal(), None, 0.0, None, "auto", deterministic, False)
+    ours, none = demand(call, hopper.KERNEL), demand(call, Idle())
+    assert ours.shape.deterministic == deterministic and ours.shape.portions(False) == (192 << 20) * deterministic
+    assert none.shape.portions(True) == none.shape.turns(8, 32) == 0
+    assert ours.shape.turns(129, 32) == 3 * 32 * 8 * deterministic
+    # Only a pass of one call, which writes dk and dv, sums otherwise.
+    alone = SimulatedWorld(1).plan(0, Mask.causal(), 8, 8, 32, 8)
+    assert extra_bytes(alone, ours) > 192 << 20 and extra_bytes(alone, none) < 1 << 20
+
+
+def test_determinism_may_be_what_a_budget_is_too_small_for() -> None:
+    world = SimulatedWorld(4, "zigzag")
+    sizes = (0, Mask.causal(), 65_536, 65_536, 32, 8)
+    free, exact = Demand(), Demand(Shape(deterministic=True))
+    needs = [extra_bytes(world.plan(*sizes), call) for call in (free, exact)]
+    # All of it beside the running state, but less than the results that come later take there.
+    assert 0 < needs[1] - needs[0] < (256 << 20) + (1 << 20)
+    world.keep_within(needs[0])
+    assert world.affordable(free, *sizes)[0] == 0 < world.affordable(exact, *sizes)[0]
+    world.keep_within(200 << 20)
+    assert world.affordable(free, *sizes)
+    with pytest.raises(ValueError, match=r"memory_budget=209715200 bytes is too small"):
+        world.affordable(exact, *sizes)
+
+
+def test_lean_allows_what_no_choice_lowers() -> None:
+    world = SimulatedWorld(4, "zigzag", memory_budget="lean")
+    sizes = (0, Mask.causal(), 262_144, 262_144, 32, 8)
+    free, exact = Demand(), Demand(Shape(deterministic=True))
+    plan = world.plan(*sizes)
+    assert lean_bytes(plan, exact) - lean_bytes(plan, free) == 256 << 20
+    assert lean_bytes(plan, Demand(Shape(deterministic=True), backward=False)) == lean_bytes(plan, Demand(backward=False))
+    assert world.affordable(exact, *sizes)[0] == world.affordable(free, *sizes)[0]
 
 
 def test_what_cannot_be_is_refused_with_the_numbers() -> None:

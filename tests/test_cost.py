@@ -265,6 +265,16 @@ def test_a_forecast_is_of_a_kind_of_kernel_and_says_of_which() -> None:
     assert "backward K, V (" in text(True, kv_heads=1)[1], "the same for both kinds"
 
 
+def test_memory_is_of_deterministic_gradients_where_asked_for() -> None:
+    plan = SimulatedWorld(4, "zigzag", "ring").plan(0, Mask.causal(), 8192, 8192, 32, 8)
+    free, exact = (plan.explain(deterministic=deterministic) for deterministic in (False, True))
+    assert "workspace" not in free and "deterministic" not in free
+    assert "backward, deterministic: workspace of the kernel 256 MiB" in " ".join(exact.split())
+    forecasts = [predict(plan, tables.H200, tables.NVLINK, deterministic=deterministic) for deterministic in (False, True)]
+    assert forecasts[0].forward.memory == forecasts[1].forward.memory
+    assert 0 < forecasts[1].backward.memory.total - forecasts[0].backward.memory.total < 257 << 20
+
+
 def test_explain_of_a_plan_with_idle_steps_and_shared_heads() -> None:
     text, _ = text_of(SimulatedWorld(8, "contiguous", "ring").plan(2, Mask.documents([3072, 5120]), 8192, 8192, 4, 2))
     assert " 3-4  none" in text

@@ -12,10 +12,20 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from ringflash.autograd import Job, backward_in_groups, forward_in_groups
-from ringflash.kernels import Extras
+from ringflash.autograd import Job, _only_call, backward_in_groups, forward_in_groups
+from ringflash.kernels import Extras, hopper_backward
 from ringflash.mask import Mask
-from ringflash.parallel.memory import Demand, Peak, Shape, backward_peak, extra_bytes, forward_peak, tensor_bytes
+from ringflash.parallel.memory import (
+    WORKSPACE,
+    Demand,
+    Peak,
+    Shape,
+    _is_only_call,
+    backward_peak,
+    extra_bytes,
+    forward_peak,
+    tensor_bytes,
+)
 from ringflash.parallel.plan import Plan, make_schedule
 from ringflash.parallel.transport import Label, Message, Transport
 from ringflash.simulated import SimulatedWorld
@@ -95,6 +105,13 @@ def run_out(loop: Any) -> Any:
             return stop.value
 
 
+def shape_of(case: Case, kernel: Idle, deterministic: bool = False) -> Shape:
+    extras = kernel.extras
+    sizes = case.batch, case.head_dim, case.head_dim_v, case.dtype.itemsize
+    # These walks are for kernels that take delta, whatever the kernel: then queries may travel.
+    return Shape(*sizes, True, extras.settle_rows, deterministic, extras.portion_bytes, extras.turn_rows)
+
+
 @dataclass(frozen=True)
 class Case:
     name: str
@@ -116,7 +133,7 @@ class Case:
 
     @property
     def shape(self) -> Shape:
-        return Shape(self.batch, self.head_dim, self.head_dim_v, self.dtype.itemsize, settle_rows=Idle.extras.settle_rows)
+        return shape_of(self, Idle())
 
     travels: str = "kv"
     pieces: int = 0
@@ -171,7 +188,7 @@ class Settling(Idle):
 @pytest.mark.parametrize("leased", [False, True], ids=["", "leased"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_the_walk_counts_what_the_loops_allocate(case: Case, leased: bool, kernel: Idle) -> None:
-    shape = replace(case.shape, settle_rows=kernel.extras.settle_rows)
+    shape = shape_of(case, kernel)
     for rank in range(case.world):
         plan = case.plan(rank)
         transport = Leasing() if leased else Nowhere()
@@ -189,6 +206,89 @@ def test_the_walk_counts_what_the_loops_allocate(case: Case, leased: bool, kerne
         with Storages(transport, *saved.tensors()[:5], dout, dlse) as counted:
             run_out(backward_in_groups(job, saved, dout, dlse))
         agree(backward_peak(plan, shape, case.dlse, leased), counted.most)
+
+
+class Needing(Idle):
+    """A kernel whose deterministic gradients, and those of a pass of one call, want memory besides their tensors; it sees to it
+    that ours would find nothing to copy."""
+
+    extras = Extras(portion_bytes=((8, 1 << 30), (24, 3 << 18), (32, 1 << 30)), turn_rows=2, one_call=True)
+
+    def __init__(self, rounds: bool = False) -> None:
+        self.rounds = rounds
+
+    def _need(self, q: Tensor, deterministic: bool, only_call: bool) -> list[Tensor]:
+        B, S, H, _ = q.shape
+        needs = [torch.empty(3 << 18, dtype=torch.uint8)] if deterministic or only_call else []
+        return needs + ([torch.zeros(B, H, -(-S // 2), dtype=torch.int64)] if deterministic else [])
+
+    def backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: object, deterministic: bool = False, **options: Any
+    ) -> None:
+        if q.dtype == torch.bfloat16:
+            assert all(hopper_backward._fits(x, 8) for x in (dout, q, k, v)), "an input would be copied"
+        assert all(hopper_backward._fits(options[name], 4) for name in ("dq", "dk", "dv")), "gradients would be added in copies"
+        self._need(q, deterministic, False)
+
+    def gradients(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: object, deterministic: bool = False, **__: Any
+    ) -> tuple[Tensor, ...]:
+        delta = torch.empty(q.shape[0], q.shape[2], q.shape[1])
+        dtypes = [torch.float32, *[torch.float32 if self.rounds else q.dtype] * 2]
+        added = [torch.empty(x.shape, dtype=dtype) for x, dtype in zip((q, k, v), dtypes, strict=True)]
+        self._need(q, deterministic, True)
+        del delta
+        return tuple(x.to(q.dtype) for x in added)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_what_a_kernel_needs_for_itself_is_counted(case: Case, deterministic: bool) -> None:
+    shape = shape_of(case, Needing(), deterministic)
+    for rank in range(case.world):
+        plan = case.plan(rank)
+        if _only_call(plan) is not None:
+            continue
+        found, told = counted_backward(case, plan, Needing(), deterministic), backward_peak(plan, shape, case.dlse)
+        if case.dtype == torch.bfloat16:
+            agree(told, found)
+            assert not deterministic or WORKSPACE in dict(told.items)
+        else:
+            assert told == backward_peak(plan, replace(shape, deterministic=False), case.dlse), "such kernels are of 16 bits"
+
+
+def counted_backward(case: Case, plan: Plan, kernel: Idle, deterministic: bool) -> int:
+    job = Job(plan, kernel, Nowhere(), 1.0, 0.0, deterministic, with_lse=case.dlse)
+    q = torch.zeros(case.batch, plan.q_lengths[plan.member], case.heads, case.head_dim, dtype=case.dtype)
+    own_k = plan.k_lengths[plan.member]
+    k, v = (torch.zeros(case.batch, own_k, case.kv_heads, d, dtype=case.dtype) for d in (case.head_dim, case.head_dim_v))
+    _, _, saved = run_out(forward_in_groups(job, q, k, v, None))
+    dout = torch.zeros(*q.shape[:3], case.head_dim_v, dtype=case.dtype)
+    dlse = torch.zeros(case.batch, case.heads, q.shape[1]) if case.dlse else None
+    with Storages(job.transport, *saved.tensors()[:5], dout, dlse) as counted:
+        run_out(backward_in_groups(job, saved, dout, dlse))
+    return counted.most
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_pass_of_one_call_takes_at_most_what_is_told(deterministic: bool) -> None:
+    for seqlen, exact in ((512, True), (8192, False)):  # what is told has float32 dk and dv, whether or not the kernel makes them
+        case = Case("one call", Mask.causal(), "ring", world=1, seqlen=seqlen)
+        plan = case.plan(0)
+        told = backward_peak(plan, shape_of(case, Needing(), deterministic))
+        found = [counted_backward(case, plan, Needing(rounds), deterministic) for rounds in (True, False)]
+        assert max(found) <= told.total + SMALL
+        if exact:
+            agree(told, found[0])
+            assert dict(told.items)[WORKSPACE] >= 3 << 18
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_walk_and_loop_agree_on_what_is_one_call(case: Case) -> None:
+    for plan in (case.plan(rank) for rank in range(case.world)):
+        assert _is_only_call(plan) == (_only_call(plan) is not None)
+        back = case.shape.backward(plan)
+        assert _is_only_call(back) == _is_only_call(plan)
 
 
 def agree(peak: Peak, counted: int) -> None:

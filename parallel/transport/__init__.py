@@ -238,11 +238,9 @@ def place(plan: Plan, transfer: Transfer, rank: int) -> tuple[int, Ranges]:
     """The step (0: the own chunk) in whose buffer a rank at an end of a transfer holds its ranges, and their rows there."""
     if transfer.owner == rank:
         return 0, transfer.ranges
-    steps = (plan if rank == plan.rank else plan.of_peer(rank)).steps
-    found = ((n, c) for n, s in enumerate(steps) for c in s.chunks if n and c[::2] == (transfer.owner, transfer.ranges))
-    step, chunk = next(found)
-    rows, offset = [], chunk.offset
-    for start, stop in chunk.ranges:
+    step, offset = plan.row_at(rank, transfer.owner, transfer.ranges)
+    rows = []
+    for start, stop in transfer.ranges:
         rows.append((offset, offset + stop - start))
         offset += stop - start
     return step, tuple(rows)

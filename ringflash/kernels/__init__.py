@@ -47,6 +47,12 @@ class Extras:
     settle_rows  if not 0, forward has a keyword ``settle: Settle | None = None``.
     one_call     the backend is a OneCallKernel.
     sm_margin    it is a dataclass with a field of that name: multiprocessors that its kernels leave free.
+
+    What a backward call takes of memory besides its tensors, for forecasts and budgets; upper bounds:
+
+    portion_bytes  by head dim (the larger one), up to: for partial sums, if deterministic, and in ``gradients`` always. Pairs,
+                   ascending; beyond the last head dim none.
+    turn_rows      if not 0: if deterministic, 8 bytes for each batch entry, head and so many query rows.
     """
 
     delta: bool = False
@@ -54,6 +60,8 @@ class Extras:
     settle_rows: int = 0
     one_call: bool = False
     sm_margin: bool = False
+    portion_bytes: tuple[tuple[int, int], ...] = ()
+    turn_rows: int = 0
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,15 @@ NONE, ALL, SETTLED = 0, 1, 2
 """``RfFinish`` of the same: which rows a launch writes in their final dtype."""
 SETTLE_ROWS = 384
 """The least common multiple of the tiles' rows: a tile's rows settle together."""
-EXTRAS = Extras(delta=True, sinks=True, settle_rows=SETTLE_ROWS, one_call=True, sm_margin=True)
+EXTRAS = Extras(
+    delta=True,
+    sinks=True,
+    settle_rows=SETTLE_ROWS,
+    one_call=True,
+    sm_margin=True,
+    portion_bytes=hopper_backward.PORTION_BYTES,
+    turn_rows=hopper_backward.TURN_ROWS,
+)
 
 DTYPES = (torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256

@@ -21,6 +21,11 @@ if TYPE_CHECKING:
 
 DTYPES = (torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
+PORTION_BYTES = tuple((dim, MAX_SLOTS * 2 * 128 * dim * 4) for dim in (64, 96, 128))
+"""By head dim, up to: the most that partial sums of a launch take, float32 dk and dv of 128 keys each (``kPortion`` of
+csrc/hopper/backward_tiles.h; a pair's are twice as many, and half as many fit MAX_SLOTS). Larger head dims divide no item."""
+TURN_ROWS = 64
+"""The fewest queries of a tile; of each, and each head, a deterministic launch counts the turns: 4 bytes, 8 for pairs."""
 
 _POINTERS, _REST = struct.Struct("=18Q"), struct.Struct("=25q10i2f2i")
 """``RfHopperBackwardParams`` of csrc/hopper/backward_api.h."""
@@ -114,7 +119,8 @@ def backward(
 
     ``sm_margin`` multiprocessors are left free. Gradients whose rows are not 16-byte aligned cost a temporary. With
     ``deterministic`` gradients repeat bitwise on one kind of GPU: additions to a tile of dq take turns, for which 4 or 8 bytes
-    per tile, head and batch are used, and the last items are divided (some 90 MiB of partial sums at most, whatever the length).
+    per tile, head and batch are used, and the last items are divided (some 90 MiB of partial sums where items are about equally
+    long, PORTION_BYTES at most, whatever the length).
     ValueError for a scale that is not positive.
     """
     if not scale > 0.0:
