@@ -1,5 +1,6 @@
 # make run      trains a small model on real text over 4 ranks; ARGS="key=value ..." are passed on
 # make test     runs the tests; PYTEST_ARGS="-k merge" replaces the default options
+# make gpu      on a machine with GPUs: the tests that need one, spread over all; those that need several; ringflash check over all
 # make mutate   plants bugs one by one in a copy of the tree and shows that the tests catch each
 # make lint     ruff, mypy, clang-format
 # make kernels  builds the CUDA library and checks what ptxas said of it (needs nvcc)
@@ -13,13 +14,14 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: run test mutate lint kernels wheel clean
+.PHONY: run test gpu mutate lint kernels wheel clean
 
 PYTHON ?= python3
 VENV ?= .venv
 SYSTEM_SITE ?=
 ARGS ?=
 PYTEST_ARGS ?= -n 2
+WORKERS_PER_GPU ?= 6
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -38,6 +40,21 @@ run: $(VENV)/.run
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# Files that have such tests. All files would do, but every worker would have to import them.
+MARKED = $(sort $(shell grep -lr --include='test_*.py' 'pytest\.mark\.$(1)\b' tests))
+
+gpu: $(VENV)/.dev
+	@gpus=$$($(BIN)/python -c 'import torch; print(torch.cuda.device_count())'); failed=; \
+	if [ "$$gpus" = 0 ]; then echo "error: make gpu needs a GPU, and torch sees none" >&2; exit 1; fi; \
+	part() { name=$$1; shift; echo "== $$name"; "$$@" || failed="$$failed, $$name"; }; \
+	part "tests of one GPU" \
+	  $(BIN)/python -m pytest -m gpu --instant --one-gpu -n $$((gpus * $(WORKERS_PER_GPU))) $(call MARKED,gpu); \
+	if [ "$$gpus" -gt 1 ]; then \
+	  part "tests of several GPUs" $(BIN)/python -m pytest -m multigpu --instant $(call MARKED,multigpu); \
+	  part "ringflash check" $(BIN)/ringflash check --device cuda --world "$$gpus"; \
+	fi; \
+	if [ -n "$$failed" ]; then echo "failed: $${failed#, }" >&2; exit 1; fi
 
 mutate: $(VENV)/.dev
 	$(BIN)/python scripts/mutate.py

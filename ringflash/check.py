@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -47,9 +48,8 @@ class Way:
     ulysses: int = 1
     inner: int | None = None
 
-    def context(self, mask: Mask) -> ContextParallel:
-        cp = ContextParallel(None, self.layout, self.schedule, ulysses=self.ulysses, inner=self.inner, transport=self.transport)
-        return cp.for_mask(mask)
+    def context(self) -> ContextParallel:
+        return ContextParallel(None, self.layout, self.schedule, ulysses=self.ulysses, inner=self.inner, transport=self.transport)
 
 
 @dataclass(frozen=True)
@@ -97,25 +97,6 @@ def questions(seqlen: int, quick: bool) -> list[Question]:
     return [asked[0], asked[2], asked[3]] if quick else asked
 
 
-def make_inputs(question: Question, shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
-    """Normally distributed, the same on every rank."""
-    generator = torch.Generator().manual_seed(20261120)
-    accumulate = accumulate_dtype(dtype)
-
-    def normal(*sizes: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.randn(*sizes, generator=generator).to(device, dtype)
-
-    b, s, h, hk, d = shape.batch, shape.seqlen, shape.heads, shape.kv_heads, shape.head_dim
-    return Inputs(
-        q=normal(b, s, h, d),
-        k=normal(b, s, hk, d),
-        v=normal(b, s, hk, d),
-        sinks=normal(h, dtype=accumulate) if question.sinks else None,
-        dout=normal(b, s, h, d),
-        dlse=normal(b, h, s, dtype=accumulate) if question.dlse else None,
-    )
-
-
 @dataclass(frozen=True)
 class Shape:
     batch: int
@@ -123,6 +104,23 @@ class Shape:
     heads: int
     kv_heads: int
     head_dim: int
+
+
+def make_inputs(question: Question, shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
+    """Normally distributed, the same on every rank and for every question."""
+    accumulate = accumulate_dtype(dtype)
+    q, k, v, dout = (x.to(dtype) for x in _drawn(shape, device)[:4])
+    sinks, dlse = (x.to(accumulate) for x in _drawn(shape, device)[4:])
+    return Inputs(q, k, v, sinks if question.sinks else None, dout, dlse if question.dlse else None)
+
+
+@lru_cache(maxsize=1)  # 21 million numbers at the sizes of GPUs
+def _drawn(shape: Shape, device: torch.device) -> list[Tensor]:
+    """q, k, v, dout, sinks and dlse in float32."""
+    generator = torch.Generator().manual_seed(20261120)
+    b, s, h, hk, d = shape.batch, shape.seqlen, shape.heads, shape.kv_heads, shape.head_dim
+    sizes = ((b, s, h, d), (b, s, hk, d), (b, s, hk, d), (b, s, h, d), (h,), (b, h, s))
+    return [torch.randn(size, generator=generator).to(device) for size in sizes]
 
 
 def formula(inputs: Inputs, mask: Mask, softcap: float, dtype: torch.dtype) -> Results:
@@ -253,6 +251,7 @@ class Check:
             kv_heads=2,
             head_dim=128 if on_gpu else 32,
         )
+        self.contexts: dict[Way, ContextParallel] = {}
         self.passed = self.failed = 0
         self.refusals: dict[str, int] = {}
 
@@ -269,6 +268,9 @@ class Check:
             "on one device plus a rounding band; * marks what is more"
         )
         for dtype in self.options.dtype:
+            # All questions of a dtype go through the same contexts, as the layers of a model do. To make one is not free: over
+            # symmetric memory every buffer is a rendezvous.
+            self.contexts.clear()
             for question in questions(s.seqlen, self.options.quick):
                 self._ask(question, DTYPES[dtype])
         for reason, n in self.refusals.items():
@@ -302,11 +304,13 @@ class Check:
         """One case, by all ranks (way None: by rank 0 alone); the row on rank 0."""
         if way is None and self.rank:
             return None
-        cp = None if way is None else way.context(question.mask)
+        cp = None if way is None else self._context(way).for_mask(question.mask)
         names = ("one device", "", "") if way is None or cp is None else (way.schedule, way.layout, cp.transport_name)
         try:
             given, kernel = measured(inputs, question, self.options.backend, cp)
         except ValueError as error:
+            if way is not None:
+                self.contexts.pop(way, None)  # the next question begins anew
             reason = str(error).splitlines()[0]
             self.refusals[reason] = self.refusals.get(reason, 0) + 1
             return Row(*names, self.options.backend, {}, verdict="refused") if self.rank == 0 else None
@@ -315,6 +319,11 @@ class Check:
         found = errors(given, truth)
         wrong = tuple(n for n in found if not found[n] <= 2 * fair[n] + band(n, inputs.q.dtype))  # a NaN is wrong
         return Row(*names, kernel, found, wrong, "FAIL" if wrong else "PASS")
+
+    def _context(self, way: Way) -> ContextParallel:
+        if way not in self.contexts:
+            self.contexts[way] = way.context()
+        return self.contexts[way]
 
 
 def read(argv: Sequence[str]) -> argparse.Namespace:

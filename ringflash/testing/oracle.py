@@ -7,12 +7,17 @@ how large an error is fair (see ``tolerance.py``).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
 from ringflash.mask import Mask
+
+SCORES = 1 << 22
+"""Scores the formula holds at once, where one key head has no more: 32 MiB in float64, of which a gradient holds ten. Heads are
+independent, and small tensors are quicker, too: 1.8 -> 1.4 s for 8 heads and 1,024 tokens on one core."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,28 @@ class Results:
         """The same in host memory."""
         dsinks = None if self.dsinks is None else self.dsinks.cpu()
         return Results(self.out.cpu(), self.lse.cpu(), self.dq.cpu(), self.dk.cpu(), self.dv.cpu(), dsinks)
+
+
+def by_heads(inputs: Inputs) -> list[Inputs]:
+    """The inputs as they are, or of each key head and its query heads alone where all scores are more than SCORES."""
+    b, rows, heads = inputs.q.shape[:3]
+    keys, n = inputs.k.shape[1:3]
+    if n < 2 or b * heads * rows * keys <= SCORES:
+        return [inputs]
+    split = (inputs.q.tensor_split(n, 2), inputs.k.tensor_split(n, 2), inputs.v.tensor_split(n, 2))
+    sinks = [None] * n if inputs.sinks is None else inputs.sinks.tensor_split(n)
+    dlse = [None] * n if inputs.dlse is None else inputs.dlse.tensor_split(n, 1)
+    return [Inputs(*x) for x in zip(*split, sinks, inputs.dout.tensor_split(n, 2), dlse, strict=True)]
+
+
+def joined(parts: Sequence[Results]) -> Results:
+    """Results of all heads from those of ``by_heads``."""
+    if len(parts) == 1:
+        return parts[0]
+    dims = {"out": 2, "lse": 1, "dq": 2, "dk": 2, "dv": 2, "dsinks": 0}
+    whole = {name: torch.cat([getattr(part, name) for part in parts], dims[name]) for name, _ in parts[0].items()}
+    dsinks = whole.pop("dsinks", None)
+    return Results(dsinks=dsinks, **whole)
 
 
 def visibility(mask: Mask, q_len: int, k_len: int) -> Tensor:
@@ -95,6 +122,20 @@ def dense_results(
     inputs: Inputs, visible: Tensor, *, dtype: torch.dtype, scale: float | None = None, softcap: float = 0.0
 ) -> Results:
     """Forward and all gradients of ``dense_attention`` with every tensor, incoming gradients included, in ``dtype``."""
+    return joined([_results(x, visible, dtype, scale, softcap) for x in by_heads(inputs)])
+
+
+def dense_lse(inputs: Inputs, visible: Tensor, *, dtype: torch.dtype, scale: float | None = None, softcap: float = 0.0) -> Tensor:
+    """The log-sum-exp of ``dense_results`` alone."""
+    found = []
+    for x in by_heads(inputs):
+        q, k, v = (t.detach().to(dtype) for t in (x.q, x.k, x.v))
+        sinks = None if x.sinks is None else x.sinks.detach().to(dtype)
+        found.append(dense_attention(q, k, v, visible, scale=scale, softcap=softcap, sinks=sinks)[1])
+    return torch.cat(found, 1)
+
+
+def _results(inputs: Inputs, visible: Tensor, dtype: torch.dtype, scale: float | None, softcap: float) -> Results:
     leaves = [x.detach().to(dtype).requires_grad_() for x in (inputs.q, inputs.k, inputs.v)]
     if inputs.sinks is not None:
         leaves.append(inputs.sinks.detach().to(dtype).requires_grad_())
@@ -117,6 +158,11 @@ def magnitudes(inputs: Inputs, visible: Tensor, *, scale: float | None = None, s
     factors of the second product, the result), and for what is rounded to the accumulate dtype: the scores, whose absolute
     error becomes the relative error of the weights (``d exp(s) = exp(s) ds``), the slope of the cap, and the LSE.
     """
+    rounded, accumulated = zip(*(_magnitudes(x, visible, scale, softcap) for x in by_heads(inputs)), strict=True)
+    return joined(rounded), joined(accumulated)
+
+
+def _magnitudes(inputs: Inputs, visible: Tensor, scale: float | None, softcap: float) -> tuple[Results, Results]:
     doubles = Inputs(*(None if x is None else x.detach().double() for x in vars(inputs).values()))  # type: ignore[arg-type]
     q, k, v, dout = (x.transpose(1, 2) for x in (doubles.q, doubles.k, doubles.v, doubles.dout))
     group = q.shape[1] // max(k.shape[1], 1)

@@ -24,7 +24,9 @@ from multiprocessing.context import ForkServerProcess
 from typing import Any, NamedTuple
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch.distributed.device_mesh", "ringflash.testing", "pytest"])
+_context.set_forkserver_preload(
+    ["torch", "torch.distributed.device_mesh", "ringflash.testing", "pytest", "torch.fx.experimental.symbolic_shapes"]
+)  # the last is what torch.autograd.grad imports first of all, sympy with it: a second of each rank's first call
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,7 @@ class RankPool:
         self._processes: list[ForkServerProcess] = []
         self._connections: list[Connection] = []
         self._directory: str | None = None
+        self._joined = False
 
     def run(self, function: Callable[..., Any], *args: Any, timeout_s: float = 120.0, **kwargs: Any) -> list[Any]:
         """``function(rank, *args, **kwargs)`` on every rank; returns the values by rank.
@@ -150,8 +153,7 @@ class RankPool:
         grace_s: how long the others may still run after the first failure (they may be waiting for the failed one).
         """
         message = pickle.dumps(_Work.of(function, args, kwargs))
-        if not self._processes:
-            self._start()
+        self._join()
         for connection in self._connections:
             connection.send_bytes(message)
         outcomes = self._collect(timeout_s, grace_s)
@@ -159,7 +161,10 @@ class RankPool:
             self.kill()
         return outcomes
 
-    def _start(self) -> None:
+    def begin(self) -> RankPool:
+        """Starts the ranks, if none are there, without waiting until they have joined: the next call does. Returns the pool."""
+        if self._processes:
+            return self
         self._directory = tempfile.mkdtemp(prefix="ringflash_ranks_")
         init_file = os.path.join(self._directory, "store")
         for rank in range(self.world):
@@ -171,10 +176,18 @@ class RankPool:
             theirs.close()
             self._processes.append(process)
             self._connections.append(ours)
+        return self
+
+    def _join(self) -> None:
+        """Returns when all ranks have joined."""
+        self.begin()
+        if self._joined:
+            return
         outcomes = self._collect(timeout_s=120.0, grace_s=3.0)
         if any(o.error is not None for o in outcomes):
             self.kill()
             raise RankError(outcomes)
+        self._joined = True
 
     def _collect(self, timeout_s: float, grace_s: float) -> list[Outcome]:
         """One answer from every rank, those that do not answer in time included."""
@@ -214,11 +227,11 @@ class RankPool:
         self._forget()
 
     def close(self) -> None:
-        """Lets every rank leave the group and end; kills those that do not."""
-        for connection in self._connections:
+        """Lets every rank leave the group and end; kills those that do not, or have not joined yet."""
+        for connection in self._connections if self._joined else ():
             with contextlib.suppress(OSError):
                 connection.send_bytes(b"")
-        for process in self._processes:
+        for process in self._processes if self._joined else ():
             process.join(10)
         self.kill()
 
@@ -230,7 +243,7 @@ class RankPool:
             connection.close()
         if self._directory is not None:
             shutil.rmtree(self._directory, ignore_errors=True)
-        self._processes, self._connections, self._directory = [], [], None
+        self._processes, self._connections, self._directory, self._joined = [], [], None, False
 
     def __enter__(self) -> RankPool:
         return self

@@ -41,6 +41,33 @@ class SliceCase:
         return self.name
 
 
+@dataclass(frozen=True)
+class BandCase:
+    """A mask on buffers of these lengths, and why it is here; for kernels whose head dims are a test's own choice."""
+
+    why: str
+    B: int
+    Sq: int
+    Sk: int
+    H: int
+    Hkv: int
+    rows: Sequence[Row]
+
+    @property
+    def slices(self) -> Slices:
+        return Slices.from_rows(self.rows)
+
+    def visible(self, device: torch.device | str) -> Tensor:
+        """(Sq, Sk) bool."""
+        return visible(self.slices, self.Sq, self.Sk, device)
+
+
+def causal(q_len: int, k_len: int | None = None, *, window: int | None = None) -> tuple[Row, ...]:
+    """One band, aligned at the end of the keys."""
+    k_len = q_len if k_len is None else k_len
+    return ((0, q_len, 0, k_len, -INF if window is None else k_len - q_len + 1 - window, k_len - q_len),)
+
+
 def documents(lengths: Sequence[int], *, lo: int = -INF, hi: int = 0, gap: int = 0) -> tuple[Row, ...]:
     """One band per document of a packed sequence, ``gap`` rows and keys apart."""
     rows, start = [], 0
@@ -137,10 +164,10 @@ CASES = [
 ]  # fmt: skip
 
 
-def visible(slices: Slices, q_len: int, k_len: int) -> Tensor:
+def visible(slices: Slices, q_len: int, k_len: int, device: torch.device | str = "cpu") -> Tensor:
     """(q_len, k_len) bool, straight from the definition of a Slice. AssertionError if two Slices show the same score."""
-    count = torch.zeros(q_len, k_len, dtype=torch.int64)
-    i, j = torch.arange(q_len)[:, None], torch.arange(k_len)
+    count = torch.zeros(q_len, k_len, dtype=torch.int64, device=device)
+    i, j = torch.arange(q_len, device=device)[:, None], torch.arange(k_len, device=device)
     for s in slices:
         count += (i >= s.q0) & (i < s.q1) & (j >= s.k0) & (j < s.k1) & (j - i >= s.lo) & (j - i <= s.hi)
     assert count.numel() == 0 or count.max() <= 1, "Slices must be disjoint"

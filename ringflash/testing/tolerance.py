@@ -8,11 +8,14 @@ In float64 the plain computation *is* the oracle; there results must agree to 1e
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
 from ringflash.kernels.running import accumulate_dtype
-from ringflash.testing.oracle import Inputs, Results, dense_results, magnitudes
+from ringflash.testing.oracle import Inputs, Results, dense_lse, dense_results, magnitudes
 
 FLOAT64_TOLERANCE = 1e-12
 
@@ -20,26 +23,31 @@ FLOAT64_TOLERANCE = 1e-12
 class Judge:
     """Holds the oracle's results of one call and says whether others are as close to them as they should be.
 
-    inputs: in the dtype of the call. visible: (Sq, Sk) bool.
+    inputs: in the dtype of the call, on the device that is to compute the formula. visible: (Sq, Sk) bool. What is held is on
+    the CPU.
     """
 
     def __init__(self, inputs: Inputs, visible: Tensor, *, scale: float | None = None, softcap: float = 0.0) -> None:
         self.dtype = inputs.q.dtype
-        self.oracle = dense_results(inputs, visible, dtype=torch.float64, scale=scale, softcap=softcap)
-        exact = dict(self.oracle.items())
+        visible = visible.to(inputs.q.device)
+        results = dense_results(inputs, visible, dtype=torch.float64, scale=scale, softcap=softcap)
+        self.oracle = results.cpu()
         if self.dtype == torch.float64:
+            exact = dict(self.oracle.items())
             self._allowed = {name: torch.full_like(x, FLOAT64_TOLERANCE * max(1.0, _largest(x))) for name, x in exact.items()}
             self._allowed_norm = {name: _norm(x) for name, x in self._allowed.items()}
             return
-        plain = dict(dense_results(inputs, visible, dtype=self.dtype, scale=scale, softcap=softcap).items())
+        exact = dict(results.items())
         # The LSE is kept in float32 for any dtype, so plain torch must do so as well.
         accumulate = accumulate_dtype(self.dtype)
-        plain["lse"] = dense_results(inputs, visible, dtype=accumulate, scale=scale, softcap=softcap).lse
+        with _unhurried_sums():
+            plain = dict(dense_results(inputs, visible, dtype=self.dtype, scale=scale, softcap=softcap).items())
+            plain["lse"] = dense_lse(inputs, visible, dtype=accumulate, scale=scale, softcap=softcap)
         rounded, accumulated = (dict(m.items()) for m in magnitudes(inputs, visible, scale=scale, softcap=softcap))
         eps, accumulate_eps = torch.finfo(self.dtype).eps, torch.finfo(accumulate).eps
         fair = {name: _difference(plain[name], exact[name]) for name in exact}
         band = {name: eps * rounded[name] + accumulate_eps * accumulated[name] for name in exact}
-        self._allowed = {name: 2 * _largest(fair[name]) + band[name] for name in exact}
+        self._allowed = {name: (2 * _largest(fair[name]) + band[name]).cpu() for name in exact}
         self._allowed_norm = {name: 2 * _norm(fair[name]) + _norm(band[name]) for name in exact}
 
     def objections(self, results: Results) -> list[str]:
@@ -74,6 +82,22 @@ class Judge:
             )
         norm, limit = _norm(error), self._allowed_norm[name]
         return None if norm <= limit else f"is off by {norm:.3g} in norm, allowed {limit:.3g}"
+
+
+@contextmanager
+def _unhurried_sums() -> Iterator[None]:
+    """Products of matrices on CUDA add in float32 throughout, as on the CPU: by default parts of a sum may be rounded to 16 bits,
+    and what is fair would grow with it."""
+    matmul = torch.backends.cuda.matmul
+    names = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
+    before = [getattr(matmul, name) for name in names]
+    for name in names:
+        setattr(matmul, name, False)
+    try:
+        yield
+    finally:
+        for name, value in zip(names, before, strict=True):
+            setattr(matmul, name, value)
 
 
 def relative_error(given: Tensor, exact: Tensor) -> float:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import pytest
@@ -17,67 +16,32 @@ from torch import Tensor
 from ringflash.kernels import Problem, hopper_backward, tiles_backward
 from ringflash.slices import UNBOUNDED, Slices
 from ringflash.testing.oracle import Inputs, Results, dense_results
+from ringflash.testing.slice_cases import BandCase, Row, causal, documents
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
-    ),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("hopper")]
 
 OPEN = UNBOUNDED
-Rows = list[tuple[int, int, int, int, int, int]]
-
-
-def causal(q_len: int, k_len: int | None = None, window: int | None = None) -> Rows:
-    k_len = q_len if k_len is None else k_len
-    return [(0, q_len, 0, k_len, -OPEN if window is None else k_len - q_len + 1 - window, k_len - q_len)]
-
-
-def documents(lengths: Sequence[int], *, is_causal: bool = True) -> Rows:
-    ends = list(itertools.accumulate(lengths))
-    return [(e - n, e, e - n, e, -OPEN, 0 if is_causal else OPEN) for n, e in zip(lengths, ends, strict=True)]
-
-
-@dataclass(frozen=True)
-class Case:
-    """A mask on buffers of these lengths, and why it is here."""
-
-    why: str
-    B: int
-    Sq: int
-    Sk: int
-    H: int
-    Hkv: int
-    rows: Rows
 
 
 CASES = [
-    Case("one tile", 1, 128, 128, 1, 1, [(0, 128, 0, 128, -OPEN, OPEN)]),
-    Case("one pair", 1, 1, 1, 1, 1, causal(1)),
-    Case("causal, several items a CTA", 3, 2048, 2048, 8, 2, causal(2048)),
-    Case("tails of rows and keys, GQA", 2, 333, 517, 4, 2, [(0, 333, 0, 517, -OPEN, OPEN)]),
-    Case("causal, keys longer, MQA", 1, 300, 700, 4, 1, causal(300, 700)),
-    Case("window of a tile and a key", 1, 900, 900, 2, 2, causal(900, window=129)),
-    Case("documents of odd lengths, one and zero rows", 1, 1111, 1111, 4, 1, documents([1, 7, 0, 130, 333, 129, 511])),
-    Case("many documents in one tile", 2, 700, 700, 2, 2, documents([100, 3, 2, 20, 30, 5, 97, 300, 143], is_causal=False)),
-    Case("rows that see nothing", 1, 900, 300, 2, 2, [(100, 250, 37, 290, -OPEN, 0), (700, 750, 0, 300, -OPEN, OPEN)]),
-    Case("prefix: two Slices of a row", 1, 600, 600, 2, 1, [(0, 600, 0, 150, -OPEN, OPEN), (0, 600, 150, 600, -OPEN, 0)]),
-    Case("bands of striped chunks", 1, 640, 640, 2, 2, [(0, 640, 0, 640, -300, -17), (0, 640, 0, 640, 50, 90)]),
-    Case("two arrived chunks, one causal", 1, 500, 1000, 2, 2, [(0, 500, 0, 500, -OPEN, OPEN), (0, 500, 500, 1000, -OPEN, 500)]),
+    BandCase("one tile", 1, 128, 128, 1, 1, [(0, 128, 0, 128, -OPEN, OPEN)]),
+    BandCase("one pair", 1, 1, 1, 1, 1, causal(1)),
+    BandCase("causal, several items a CTA", 3, 2048, 2048, 8, 2, causal(2048)),
+    BandCase("tails of rows and keys, GQA", 2, 333, 517, 4, 2, [(0, 333, 0, 517, -OPEN, OPEN)]),
+    BandCase("causal, keys longer, MQA", 1, 300, 700, 4, 1, causal(300, 700)),
+    BandCase("window of a tile and a key", 1, 900, 900, 2, 2, causal(900, window=129)),
+    BandCase("documents of odd lengths, one and zero rows", 1, 1111, 1111, 4, 1, documents([1, 7, 0, 130, 333, 129, 511])),
+    BandCase("many documents in one tile", 2, 700, 700, 2, 2, documents([100, 3, 2, 20, 30, 5, 97, 300, 143], hi=OPEN)),
+    BandCase("rows that see nothing", 1, 900, 300, 2, 2, [(100, 250, 37, 290, -OPEN, 0), (700, 750, 0, 300, -OPEN, OPEN)]),
+    BandCase("prefix: two Slices of a row", 1, 600, 600, 2, 1, [(0, 600, 0, 150, -OPEN, OPEN), (0, 600, 150, 600, -OPEN, 0)]),
+    BandCase("bands of striped chunks", 1, 640, 640, 2, 2, [(0, 640, 0, 640, -300, -17), (0, 640, 0, 640, 50, 90)]),
+    BandCase("two arrived chunks, one causal", 1, 500, 1000, 2, 2,
+             [(0, 500, 0, 500, -OPEN, OPEN), (0, 500, 500, 1000, -OPEN, 500)]),
 ]  # fmt: skip
 DIMS = [(128, 128), (64, 64), (96, 96), (192, 192), (256, 256), (192, 128)]
 
 
-def visible_of(case: Case) -> Tensor:
-    i, j = torch.arange(case.Sq, device="cuda")[:, None], torch.arange(case.Sk, device="cuda")[None, :]
-    visible = torch.zeros(case.Sq, case.Sk, dtype=torch.bool, device="cuda")
-    for q0, q1, k0, k1, lo, hi in case.rows:
-        visible |= (i >= q0) & (i < q1) & (j >= k0) & (j < k1) & (j - i >= lo) & (j - i <= hi)
-    return visible
-
-
-def inputs_of(case: Case, dtype: torch.dtype, D: int, Dv: int, *, dlse: bool = False) -> Inputs:
+def inputs_of(case: BandCase, dtype: torch.dtype, D: int, Dv: int, *, dlse: bool = False) -> Inputs:
     g = torch.Generator("cuda").manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -88,7 +52,7 @@ def inputs_of(case: Case, dtype: torch.dtype, D: int, Dv: int, *, dlse: bool = F
     return Inputs(q, k, v, None, dout, normal(case.B, case.H, case.Sq) if dlse else None)
 
 
-def differentiate(case: Case, x: Inputs, exact: Results, *, deterministic: bool = False, **options: float) -> list[Tensor]:
+def differentiate(case: BandCase, x: Inputs, exact: Results, *, deterministic: bool = False, **options: float) -> list[Tensor]:
     """What the kernel adds to random dq, dk, dv."""
     problem = Problem.of(x.q, x.k, x.v, softcap=bool(options.get("softcap")), deterministic=deterministic, needs_grad=True)
     assert hopper_backward.refuses(problem) is None
@@ -99,7 +63,7 @@ def differentiate(case: Case, x: Inputs, exact: Results, *, deterministic: bool 
     before = [torch.randn(t.shape, device="cuda", generator=g) for t in (x.q, x.k, x.v)]
     after = [t.clone() for t in before]
     hopper_backward.backward(
-        x.dout, x.q, x.k, x.v, None, exact.lse.float(), delta, Slices.from_rows(case.rows),
+        x.dout, x.q, x.k, x.v, None, exact.lse.float(), delta, case.slices,
         dq=after[0], dk=after[1], dv=after[2], deterministic=deterministic, **options,  # type: ignore[arg-type]
     )  # fmt: skip
     return [a - b for a, b in zip(after, before, strict=True)]
@@ -120,8 +84,8 @@ def agree(given: Sequence[Tensor], exact: Results, plain: Results) -> None:
         assert error <= 2 * fair + eps / 2 * want.norm() + band, f"{name}: {error / want.norm():.2e}"
 
 
-def exact_and_plain(case: Case, x: Inputs, **options: float) -> tuple[Results, Results]:
-    visible = visible_of(case)
+def exact_and_plain(case: BandCase, x: Inputs, **options: float) -> tuple[Results, Results]:
+    visible = case.visible("cuda")
     exact = dense_results(x, visible, dtype=torch.float64, **options)
     return exact, dense_results(x, visible, dtype=x.q.dtype, **options)
 
@@ -129,7 +93,7 @@ def exact_and_plain(case: Case, x: Inputs, **options: float) -> tuple[Results, R
 @pytest.mark.parametrize("deterministic", [False, True], ids=["", "deterministic"])
 @pytest.mark.parametrize("dims", DIMS, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.why)
-def test_masks(case: Case, dims: tuple[int, int], deterministic: bool) -> None:
+def test_masks(case: BandCase, dims: tuple[int, int], deterministic: bool) -> None:
     x, scale = inputs_of(case, torch.bfloat16, *dims), dims[0] ** -0.5
     exact, plain = exact_and_plain(case, x, scale=scale)
     agree(differentiate(case, x, exact, scale=scale, deterministic=deterministic), exact, plain)
@@ -145,9 +109,9 @@ def pairs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     hopper_backward.forget_lists()
 
 
-def in_pairs(case: Case, x: Inputs, *, write: bool = False, sm_margin: int = 0) -> bool:
+def in_pairs(case: BandCase, x: Inputs, *, write: bool = False, sm_margin: int = 0) -> bool:
     """Whether CTAs work in pairs on this case."""
-    return hopper_backward._work(x.q, x.k, x.v, Slices.from_rows(case.rows), False, write, sm_margin).pairs
+    return hopper_backward._work(x.q, x.k, x.v, case.slices, False, write, sm_margin).pairs
 
 
 @pytest.mark.usefixtures("pairs")
@@ -155,7 +119,7 @@ def in_pairs(case: Case, x: Inputs, *, write: bool = False, sm_margin: int = 0) 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("D", [128, 104])
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.why)
-def test_masks_in_pairs(case: Case, D: int, dtype: torch.dtype, softcap: float) -> None:
+def test_masks_in_pairs(case: BandCase, D: int, dtype: torch.dtype, softcap: float) -> None:
     x = inputs_of(case, dtype, D, D)
     assert in_pairs(case, x)
     exact, plain = exact_and_plain(case, x, scale=D**-0.5, softcap=softcap)
@@ -166,7 +130,7 @@ def test_masks_in_pairs(case: Case, D: int, dtype: torch.dtype, softcap: float) 
 @pytest.mark.parametrize("sm_margin", [0, 1, 5, 129, 130, 131])
 def test_pairs_repeat_on_any_number_of_multiprocessors(sm_margin: int) -> None:
     """Additions come in any order; a race would show as more than their rounding."""
-    case = Case("long, GQA", 1, 2500, 2500, 4, 2, causal(2500))
+    case = BandCase("long, GQA", 1, 2500, 2500, 4, 2, causal(2500))
     x = inputs_of(case, torch.bfloat16, 128, 128)
     multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
     assert in_pairs(case, x, sm_margin=sm_margin) == (multiprocessors - sm_margin >= 2)
@@ -189,7 +153,7 @@ def test_pairs_in_a_graph() -> None:
     dq, dk, dv = total
 
     def step() -> None:
-        slices = Slices.from_rows(case.rows)
+        slices = case.slices
         hopper_backward.backward(x.dout, x.q, x.k, x.v, None, lse, delta, slices, scale=0.1, dq=dq, dk=dk, dv=dv)
 
     step()
@@ -231,7 +195,7 @@ def test_float16_softcap_and_dlse(dims: tuple[int, int]) -> None:
 @pytest.mark.parametrize("D", [64, 128, 256])
 def test_very_negative_lse(D: int) -> None:
     """exp(0 - lse) of a key past the end would overflow float16."""
-    case = Case("all scores far below zero", 1, 300, 333, 2, 2, [(0, 300, 0, 333, -OPEN, OPEN)])
+    case = BandCase("all scores far below zero", 1, 300, 333, 2, 2, [(0, 300, 0, 333, -OPEN, OPEN)])
     x = inputs_of(case, torch.float16, D, D)
     x = Inputs((x.q.abs() * 16).to(torch.float16), -x.k.abs(), x.v, None, x.dout, None)
     exact, plain = exact_and_plain(case, x, scale=D**-0.5)
@@ -239,14 +203,14 @@ def test_very_negative_lse(D: int) -> None:
     agree(differentiate(case, x, exact, scale=D**-0.5), exact, plain)
 
 
-def gradients(case: Case, x: Inputs, exact: Results, **options: object) -> tuple[Tensor, Tensor, Tensor]:
+def gradients(case: BandCase, x: Inputs, exact: Results, **options: object) -> tuple[Tensor, Tensor, Tensor]:
     """What a pass of one step returns, into memory that was full of NaN."""
     numbers = max(t.numel() for t in (x.q, x.k, x.v))
     dirt = [torch.full((n,), torch.nan, dtype=t, device="cuda") for n in (numbers, numbers, numbers, 1 << 24) for t in
             (x.q.dtype, torch.float32)]  # fmt: skip
     del dirt
     out, lse = exact.out.to(x.q.dtype), exact.lse.float()
-    slices = Slices.from_rows(case.rows)
+    slices = case.slices
     return hopper_backward.gradients(x.dout, x.q, x.k, x.v, out, lse, slices, **options)  # type: ignore[arg-type]
 
 
@@ -263,7 +227,7 @@ def agree_in_the_final_dtype(given: Sequence[Tensor], exact: Results, plain: Res
 
 @pytest.mark.parametrize("dims", DIMS, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.why)
-def test_a_pass_of_one_step_in_the_final_dtype(case: Case, dims: tuple[int, int]) -> None:
+def test_a_pass_of_one_step_in_the_final_dtype(case: BandCase, dims: tuple[int, int]) -> None:
     x, scale = inputs_of(case, torch.bfloat16, *dims), dims[0] ** -0.5
     exact, plain = exact_and_plain(case, x, scale=scale)
     agree_in_the_final_dtype(gradients(case, x, exact, scale=scale), exact, plain)
@@ -289,7 +253,7 @@ def test_a_pass_of_one_step_with_a_delta_of_its_own() -> None:
 @pytest.mark.usefixtures("pairs")
 @pytest.mark.parametrize("D", [128, 104, 120])
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.why)
-def test_a_pass_of_one_step_in_pairs(case: Case, D: int) -> None:
+def test_a_pass_of_one_step_in_pairs(case: BandCase, D: int) -> None:
     x = inputs_of(case, torch.float16, D, D)
     assert in_pairs(case, x, write=True) and in_pairs(case, x)
     exact, plain = exact_and_plain(case, x, scale=D**-0.5)
@@ -301,7 +265,7 @@ def test_a_pass_of_one_step_in_a_graph() -> None:
     case = CASES[2]
     x = inputs_of(case, torch.bfloat16, 128, 128)
     exact, plain = exact_and_plain(case, x, scale=0.1)
-    out, lse, slices = exact.out.to(x.q.dtype), exact.lse.float(), Slices.from_rows(case.rows)
+    out, lse, slices = exact.out.to(x.q.dtype), exact.lse.float(), case.slices
     hopper_backward.gradients(x.dout, x.q, x.k, x.v, out, lse, slices, scale=0.1)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -316,10 +280,10 @@ def test_a_pass_of_one_step_in_a_graph() -> None:
 
 def test_passes_behind_each_other_overlap_safely() -> None:
     """Each kernel may begin while the one before it ends, also that of the pass before; none may touch what is still in use."""
-    case = Case("short", 1, 512, 512, 16, 4, causal(512))
+    case = BandCase("short", 1, 512, 512, 16, 4, causal(512))
     x = inputs_of(case, torch.bfloat16, 128, 128)
     exact, plain = exact_and_plain(case, x, scale=0.1)
-    out, lse, slices = exact.out.to(x.q.dtype), exact.lse.float(), Slices.from_rows(case.rows)
+    out, lse, slices = exact.out.to(x.q.dtype), exact.lse.float(), case.slices
     common = (x.q, x.k, x.v, out, lse, slices)
     passes = [partial(hopper_backward.gradients, dout, *common, scale=0.1) for dout in (x.dout, -4 * x.dout)]
     agree_in_the_final_dtype(passes[0](), exact, plain)
@@ -351,9 +315,9 @@ def test_delta_writes_zeros_beside() -> None:
 
 @pytest.mark.parametrize("dims", [(128, 128), (64, 64), (96, 96)], ids=str)
 @pytest.mark.parametrize("rows", [[(0, 2100, 0, 2000, -OPEN, OPEN)], causal(2100, 2000)], ids=["full", "causal"])
-def test_portions_of_an_item_are_written_once(rows: Rows, dims: tuple[int, int]) -> None:
+def test_portions_of_an_item_are_written_once(rows: Sequence[Row], dims: tuple[int, int]) -> None:
     """dk and dv of a divided item are sums in a fixed order; the counters are zero again after each launch."""
-    case = Case("few items, GQA", 1, 2100, 2000, 8, 2, rows)
+    case = BandCase("few items, GQA", 1, 2100, 2000, 8, 2, rows)
     x, scale, slices = inputs_of(case, torch.bfloat16, *dims), dims[0] ** -0.5, Slices.from_rows(rows)
     exact, plain = exact_and_plain(case, x, scale=scale)
     work = hopper_backward._work(x.q, x.k, x.v, slices, False, True, 0)
@@ -371,18 +335,18 @@ def test_portions_of_an_item_are_written_once(rows: Rows, dims: tuple[int, int])
 
 @pytest.mark.usefixtures("pairs")
 @pytest.mark.parametrize("rows", [[(0, 2100, 0, 2000, -OPEN, OPEN)], causal(2100, 2000)], ids=["full", "causal"])
-def test_portions_of_pairs_are_written_once(rows: Rows, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_portions_of_pairs_are_written_once(rows: Sequence[Row], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiles_backward, "PAIR_STEP", 0.5)  # not 0: only what takes time is divided
     monkeypatch.setattr(tiles_backward, "PAIR_COST", 0.0)
     hopper_backward.forget_lists()
-    case = Case("few items, GQA", 1, 2100, 2000, 8, 2, rows)
+    case = BandCase("few items, GQA", 1, 2100, 2000, 8, 2, rows)
     assert in_pairs(case, inputs_of(case, torch.bfloat16, 128, 128), write=True)
     test_portions_of_an_item_are_written_once(rows, (128, 128))
 
 
 def test_strides_of_batch_sequence_and_head() -> None:
     """Inputs, statistics and gradients are views of larger buffers; nothing around them changes."""
-    case = Case("views", 2, 300, 400, 3, 3, causal(300, 400))
+    case = BandCase("views", 2, 300, 400, 3, 3, causal(300, 400))
     D = 128
 
     def view(S: int, H: int, dtype: torch.dtype, pad: int) -> Tensor:
@@ -399,7 +363,7 @@ def test_strides_of_batch_sequence_and_head() -> None:
     bases = [t._base for t in targets]
     before, whole = [t.clone() for t in targets], [b.clone() for b in bases if b is not None]
     dq, dk, dv = targets
-    hopper_backward.backward(dout, q, k, v, None, lse, delta, Slices.from_rows(case.rows), scale=0.1, dq=dq, dk=dk, dv=dv)
+    hopper_backward.backward(dout, q, k, v, None, lse, delta, case.slices, scale=0.1, dq=dq, dk=dk, dv=dv)
     agree([a - b for a, b in zip(targets, before, strict=True)], exact, plain)
     for target, old, base, was in zip(targets, before, bases, whole, strict=True):
         target.copy_(old)
@@ -419,13 +383,13 @@ def test_unaligned_gradients_and_inputs() -> None:
     delta = (exact.out * x.dout.double()).sum(-1).transpose(1, 2).float()
     targets = [shifted(torch.zeros(t.shape, device="cuda")) for t in (x.q, x.k, x.v)]
     dq, dk, dv = targets
-    slices = Slices.from_rows(case.rows)
+    slices = case.slices
     hopper_backward.backward(x.dout, x.q, x.k, x.v, None, exact.lse.float(), delta, slices, scale=0.125, dq=dq, dk=dk, dv=dv)
     agree(targets, exact, plain)
 
 
 def test_steps_of_a_ring_add_up() -> None:
-    case = Case("four chunks", 1, 1000, 1000, 4, 2, causal(1000))
+    case = BandCase("four chunks", 1, 1000, 1000, 4, 2, causal(1000))
     x = inputs_of(case, torch.bfloat16, 128, 128)
     exact, plain = exact_and_plain(case, x, scale=0.1)
     lse, delta = exact.lse.float(), (exact.out * x.dout.double()).sum(-1).transpose(1, 2).float()
@@ -445,7 +409,7 @@ def test_steps_of_a_ring_add_up() -> None:
 
 @pytest.mark.parametrize("dims", DIMS, ids=str)
 @pytest.mark.parametrize("case", [CASES[2], CASES[3], CASES[9]], ids=lambda c: c.why)
-def test_deterministic_gradients_repeat_bitwise(case: Case, dims: tuple[int, int]) -> None:
+def test_deterministic_gradients_repeat_bitwise(case: BandCase, dims: tuple[int, int]) -> None:
     x, scale = inputs_of(case, torch.bfloat16, *dims), dims[0] ** -0.5
     exact, _ = exact_and_plain(case, x, scale=scale)
     first = differentiate(case, x, exact, scale=scale, deterministic=True)
@@ -458,7 +422,7 @@ def test_deterministic_gradients_repeat_bitwise(case: Case, dims: tuple[int, int
 @pytest.mark.parametrize("dims", [(128, 128), (64, 64), (256, 256)], ids=str)
 def test_full_masks_take_turns(dims: tuple[int, int], q_len: int, k_len: int, sm_margin: int) -> None:
     """Under a full mask all tiles of keys begin at the first query tile; few CTAs take them one after the other."""
-    case = Case("full", 1, q_len, k_len, 4, 2, [(0, q_len, 0, k_len, -OPEN, OPEN)])
+    case = BandCase("full", 1, q_len, k_len, 4, 2, [(0, q_len, 0, k_len, -OPEN, OPEN)])
     x, scale = inputs_of(case, torch.bfloat16, *dims), dims[0] ** -0.5
     exact, plain = exact_and_plain(case, x, scale=scale)
     first = differentiate(case, x, exact, scale=scale, deterministic=True, sm_margin=sm_margin)

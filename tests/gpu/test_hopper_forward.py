@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -14,66 +13,36 @@ from torch import Tensor
 from ringflash.kernels import Problem, Settle, hopper
 from ringflash.slices import UNBOUNDED, Slices
 from ringflash.testing.oracle import dense_attention
+from ringflash.testing.slice_cases import BandCase, Row, causal, documents
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
-    ),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("hopper")]
 
 OPEN = UNBOUNDED
-Rows = list[tuple[int, int, int, int, int, int]]
-
-
-def causal(length: int, window: int | None = None) -> Rows:
-    return [(0, length, 0, length, -OPEN if window is None else 1 - window, 0)]
-
-
-def documents(lengths: Sequence[int], *, is_causal: bool = True) -> Rows:
-    ends = list(itertools.accumulate(lengths))
-    return [(e - n, e, e - n, e, -OPEN, 0 if is_causal else OPEN) for n, e in zip(lengths, ends, strict=True)]
-
-
-@dataclass(frozen=True)
-class Case:
-    """A mask on buffers of these lengths, and why it is here."""
-
-    why: str
-    B: int
-    Sq: int
-    Sk: int
-    H: int
-    Hkv: int
-    rows: Rows
 
 
 CASES = [
-    Case("one tile", 1, 128, 128, 1, 1, [(0, 128, 0, 128, -OPEN, OPEN)]),
-    Case("one row", 1, 1, 1, 1, 1, causal(1)),
-    Case("full, several items a CTA", 3, 1024, 1024, 8, 8, [(0, 1024, 0, 1024, -OPEN, OPEN)]),
-    Case("causal", 2, 1024, 1024, 4, 4, causal(1024)),
-    Case("tails of rows and keys, GQA", 1, 333, 517, 4, 2, [(0, 333, 0, 517, -OPEN, OPEN)]),
-    Case("window below a tile, MQA", 1, 1000, 1000, 6, 1, causal(1000, 100)),
-    Case("documents of odd lengths, one and zero rows", 1, 1111, 1111, 4, 1, documents([1, 7, 0, 130, 333, 129, 511])),
-    Case("many documents in one tile", 2, 700, 700, 2, 2, documents([100, 3, 2, 20, 30, 5, 97, 300, 143], is_causal=False)),
-    Case("rows that see nothing", 1, 900, 300, 2, 2, [(100, 250, 37, 290, -OPEN, 0), (700, 750, 0, 300, -OPEN, OPEN)]),
-    Case("prefix: Slices share rows", 1, 600, 600, 2, 1, [(0, 600, 0, 150, -OPEN, OPEN), (0, 600, 150, 600, -OPEN, 0)]),
-    Case("bands of striped chunks", 1, 640, 640, 2, 2, [(0, 640, 0, 640, -300, -17), (0, 640, 0, 640, 50, 90)]),
-    Case("two arrived chunks, one causal", 1, 500, 1000, 2, 2, [(0, 500, 0, 500, -OPEN, OPEN), (0, 500, 500, 1000, -OPEN, 500)]),
+    BandCase("one tile", 1, 128, 128, 1, 1, [(0, 128, 0, 128, -OPEN, OPEN)]),
+    BandCase("one row", 1, 1, 1, 1, 1, causal(1)),
+    BandCase("full, several items a CTA", 3, 1024, 1024, 8, 8, [(0, 1024, 0, 1024, -OPEN, OPEN)]),
+    BandCase("causal", 2, 1024, 1024, 4, 4, causal(1024)),
+    BandCase("tails of rows and keys, GQA", 1, 333, 517, 4, 2, [(0, 333, 0, 517, -OPEN, OPEN)]),
+    BandCase("window below a tile, MQA", 1, 1000, 1000, 6, 1, causal(1000, window=100)),
+    BandCase("documents of odd lengths, one and zero rows", 1, 1111, 1111, 4, 1, documents([1, 7, 0, 130, 333, 129, 511])),
+    BandCase("many documents in one tile", 2, 700, 700, 2, 2, documents([100, 3, 2, 20, 30, 5, 97, 300, 143], hi=OPEN)),
+    BandCase("rows that see nothing", 1, 900, 300, 2, 2, [(100, 250, 37, 290, -OPEN, 0), (700, 750, 0, 300, -OPEN, OPEN)]),
+    BandCase("prefix: Slices share rows", 1, 600, 600, 2, 1, [(0, 600, 0, 150, -OPEN, OPEN), (0, 600, 150, 600, -OPEN, 0)]),
+    BandCase("bands of striped chunks", 1, 640, 640, 2, 2, [(0, 640, 0, 640, -300, -17), (0, 640, 0, 640, 50, 90)]),
+    BandCase("two arrived chunks, one causal", 1, 500, 1000, 2, 2,
+             [(0, 500, 0, 500, -OPEN, OPEN), (0, 500, 500, 1000, -OPEN, 500)]),
 ]  # fmt: skip
 
 
-def inputs(case: Case, dtype: torch.dtype, D: int, Dv: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def inputs(case: BandCase, dtype: torch.dtype, D: int, Dv: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """q, k, v and the visible pairs (Sq, Sk)."""
     g = torch.Generator("cuda").manual_seed(seed)
     shapes = [(case.B, case.Sq, case.H, D), (case.B, case.Sk, case.Hkv, D), (case.B, case.Sk, case.Hkv, Dv)]
     q, k, v = (torch.randn(s, device="cuda", dtype=torch.float32, generator=g).to(dtype) for s in shapes)
-    i, j = torch.arange(case.Sq, device="cuda")[:, None], torch.arange(case.Sk, device="cuda")[None, :]
-    visible = torch.zeros(case.Sq, case.Sk, dtype=torch.bool, device="cuda")
-    for q0, q1, k0, k1, lo, hi in case.rows:
-        visible |= (i >= q0) & (i < q1) & (j >= k0) & (j < k1) & (j - i >= lo) & (j - i <= hi)
-    return q, k, v, visible
+    return q, k, v, case.visible("cuda")
 
 
 def agree(
@@ -113,7 +82,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty", empty)
 
 
-def run(q: Tensor, k: Tensor, v: Tensor, rows: Rows, **options):  # type: ignore[no-untyped-def]
+def run(q: Tensor, k: Tensor, v: Tensor, rows: Sequence[Row], **options):  # type: ignore[no-untyped-def]
     problem = Problem.of(q, k, v, softcap=bool(options.get("softcap")))
     assert hopper.KERNEL.refuses(problem) is None
     return hopper.KERNEL.forward(q, k, v, Slices.from_rows(rows), **options)
@@ -121,7 +90,7 @@ def run(q: Tensor, k: Tensor, v: Tensor, rows: Rows, **options):  # type: ignore
 
 @pytest.mark.parametrize("dims", [(128, 128), (64, 64), (96, 96), (192, 192), (256, 256), (192, 128)], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.why)
-def test_start_and_finish(case: Case, dims: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_start_and_finish(case: BandCase, dims: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v, visible = inputs(case, torch.bfloat16, *dims)
     poisoned(monkeypatch)
     out, lse = run(q, k, v, case.rows, scale=dims[0] ** -0.5)
@@ -163,7 +132,7 @@ def test_a_capped_score_is_known_to_two_eps_of_the_cap(scale: float, softcap: fl
 
 @pytest.mark.parametrize("dims", [(128, 128), (64, 64), (96, 96), (192, 192), (256, 256), (192, 128), (80, 72)], ids=str)
 @pytest.mark.parametrize("case", [CASES[i] for i in (1, 2, 4, 6, 8, 11)], ids=lambda c: c.why)
-def test_continue(case: Case, dims: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_continue(case: BandCase, dims: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Two launches over two parts of the keys equal one launch over both, in all four epilogues; the state is a strided view."""
     q, k, v, visible = inputs(case, torch.bfloat16, *dims)
     scale, C = dims[0] ** -0.5, case.Sk // 2
@@ -220,10 +189,10 @@ SETTLING = [
 @pytest.mark.parametrize("dims", [(128, 128), (64, 64), (256, 256), (192, 128), (40, 72)], ids=str)
 @pytest.mark.parametrize(("why", "rows", "ranges"), SETTLING, ids=[why for why, _, _ in SETTLING])
 def test_settled_rows(
-    why: str, rows: Rows, ranges: tuple[tuple[int, int], ...], dims: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+    why: str, rows: Sequence[Row], ranges: tuple[tuple[int, int], ...], dims: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Settled rows come in the final dtype, others stay in the running state; rows neither settled nor seen stay untouched."""
-    case = Case(why, 2, 1300, 700, 4, 2, rows)
+    case = BandCase(why, 2, 1300, 700, 4, 2, rows)
     q, k, v, visible = inputs(case, torch.bfloat16, *dims)
     shape, scale = (case.B, case.Sq, case.H, dims[1]), dims[0] ** -0.5
     settles = torch.zeros(case.Sq, dtype=torch.bool, device="cuda")
@@ -271,7 +240,7 @@ def test_strides(layout: str) -> None:
 
 def test_large_scores_and_bitwise_repetition() -> None:
     """Scores of some hundreds, rising along the keys, so that every tile moves the maximum; and the same bits in every run."""
-    case = Case("", 2, 1000, 1000, 4, 4, causal(1000))
+    case = BandCase("", 2, 1000, 1000, 4, 4, causal(1000))
     q, k, v, visible = inputs(case, torch.bfloat16, 128, 128)
     k = (k * torch.linspace(0.1, 8.0, 1000, device="cuda")[None, :, None, None]).to(k.dtype)
     out, lse = run(q, k, v, case.rows, scale=1.0)
@@ -309,7 +278,7 @@ def test_multiprocessors_left_free_change_nothing() -> None:
     q, k, v, _ = inputs(case, torch.bfloat16, 128, 128)
     out, lse = run(q, k, v, case.rows, scale=0.1)
     kernel = hopper.HopperKernel(sm_margin=100)
-    again, again_lse = kernel.forward(q, k, v, Slices.from_rows(case.rows), scale=0.1)
+    again, again_lse = kernel.forward(q, k, v, case.slices, scale=0.1)
     assert torch.equal(again, out) and torch.equal(again_lse, lse)
 
 
@@ -342,7 +311,7 @@ def test_random_problems(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     Hkv = int(rng.integers(1, 4))
     Sq, Sk = (int(x) for x in rng.integers(1, 700, 2))
     cuts = sorted({0, Sk, *rng.integers(0, Sk + 1, 2).tolist()})
-    rows: Rows = []
+    rows: list[Row] = []
     for k0, k1 in itertools.pairwise(cuts):
         lo = -Sq
         for _ in range(int(rng.integers(0, 3))):
@@ -351,7 +320,7 @@ def test_random_problems(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
             q0, q1 = sorted(rng.integers(0, Sq + 1, 2).tolist())
             rows.append((q0, q1, k0, k1, lo, hi))
             lo = hi + 1
-    case = Case("random", int(rng.integers(1, 3)), Sq, Sk, Hkv * int(rng.integers(1, 4)), Hkv, rows)
+    case = BandCase("random", int(rng.integers(1, 3)), Sq, Sk, Hkv * int(rng.integers(1, 4)), Hkv, rows)
     D = int(rng.choice([64, 72, 96, 128, 192, 256]))
     dtype = torch.bfloat16 if seed % 2 else torch.float16
     q, k, v, visible = inputs(case, dtype, D, D, seed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import lru_cache
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from ringflash.testing.tolerance import Judge
 
 DEVICE = "cuda"
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("cuda")]
 
 SEEING = [case for case in CASES if len(case.slices) and case.heads]
 BY_NAME = {case.name: case for case in CASES}
@@ -69,20 +70,27 @@ def kernel_for(backend: str, inputs: Inputs, slices: Slices, **wishes: bool) -> 
     return kernel
 
 
+@lru_cache(maxsize=16)
+def judge_of(case: SliceCase, dtype: torch.dtype, dlse: bool = False, softcap: float = 0.0, scale: float | None = None) -> Judge:
+    """Of float64 on the GPU: up to a minute of a CPU core. Backends are asked one after the other, so few are kept."""
+    inputs = to_device(make_slice_inputs(case, dtype, dlse=dlse), DEVICE)
+    return Judge(inputs, visible(case.slices, case.q_len, case.k_len, DEVICE), softcap=softcap, scale=scale)
+
+
 def assert_right(
     backend: str, case: SliceCase, dtype: torch.dtype, dlse: bool = False, softcap: float = 0.0, **scale: float
 ) -> None:
     inputs = make_slice_inputs(case, dtype, dlse=dlse)
     kernel = kernel_for(backend, inputs, case.slices, softcap=softcap > 0)
-    judge = Judge(inputs, visible(case.slices, case.q_len, case.k_len), softcap=softcap, **scale)
+    judge = judge_of(case, dtype, dlse, softcap, **scale)
     objections = judge.objections(run_kernel(kernel, to_device(inputs, DEVICE), [case.slices], softcap=softcap, **scale))
     assert not objections, "\n".join(objections)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dlse", [False, True], ids=["", "dlse"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("case", SEEING, ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_cases(backend: str, case: SliceCase, dtype: torch.dtype, dlse: bool) -> None:
     assert_right(backend, case, dtype, dlse)
 
@@ -93,17 +101,17 @@ def test_reference_in_full_precision(case: SliceCase, dtype: torch.dtype) -> Non
     assert_right("reference", case, dtype, dlse=True)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dlse", [False, True], ids=["", "dlse"])
 @pytest.mark.parametrize("case", LARGE, ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_large(backend: str, case: SliceCase, dlse: bool) -> None:
     assert_right(backend, case, torch.bfloat16, dlse)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dlse", [False, True], ids=["", "dlse"])
 @pytest.mark.parametrize("dims", DIMS, ids=str)
 @pytest.mark.parametrize("name", ["causal", "band", "documents", "gqa"])
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_head_dims(backend: str, name: str, dims: tuple[int, int], dlse: bool) -> None:
     case = replace(BY_NAME[name], head_dim=dims[0], head_dim_v=dims[1])
     assert_right(backend, case, torch.bfloat16, dlse)
@@ -117,32 +125,32 @@ def test_head_dims_of_cudnn(dims: tuple[int, int]) -> None:
     assert_right("sdpa", case, torch.bfloat16)
 
 
-@pytest.mark.parametrize("name", ["causal", "band", "documents_window", "gqa"])
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["causal", "band", "documents_window", "gqa"])
 def test_softcap(backend: str, name: str) -> None:
     assert_right(backend, BY_NAME[name], torch.bfloat16, softcap=2.0)
 
 
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "hopper"])
 @pytest.mark.parametrize("scale", [0.0, -0.7])
 @pytest.mark.parametrize("name", ["causal", "band", "documents_window", "gqa"])
-@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "hopper"])
 def test_scales_that_are_not_positive(backend: str, name: str, scale: float) -> None:
     assert_right(backend, BY_NAME[name], torch.bfloat16, scale=scale)
 
 
-@pytest.mark.parametrize("case", [case for case in SEEING if len(case.slices) > 1], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", [case for case in SEEING if len(case.slices) > 1], ids=str)
 def test_continues_a_running_state(backend: str, case: SliceCase) -> None:
     inputs = make_slice_inputs(case, torch.bfloat16, dlse=True)
     kernel = kernel_for(backend, inputs, case.slices)
-    judge = Judge(inputs, visible(case.slices, case.q_len, case.k_len))
+    judge = judge_of(case, torch.bfloat16, dlse=True)
     steps = [case.slices[n : n + 1] for n in range(len(case.slices))]
     objections = judge.objections(run_kernel(kernel, to_device(inputs, DEVICE), steps))
     assert not objections, "\n".join(objections)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case not in SEEING], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", [case for case in CASES if case not in SEEING], ids=str)
 def test_nothing(backend: str, case: SliceCase) -> None:
     inputs = to_device(make_slice_inputs(case, torch.bfloat16, dlse=True), DEVICE)
     kernel = kernel_for(backend, inputs, case.slices)
@@ -151,20 +159,20 @@ def test_nothing(backend: str, case: SliceCase) -> None:
     assert not any(bool(grad.any()) for grad in (result.dq, result.dk, result.dv))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("how", ["every third row", "heads first", "inside a wider dim"])
 @pytest.mark.parametrize("case", [BY_NAME["gqa"], BY_NAME["documents_both_ways"], LARGE[0], LARGE[2], LARGE[8]], ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_strides(backend: str, case: SliceCase, how: str) -> None:
     plain = make_slice_inputs(case, torch.bfloat16)
     kernel = kernel_for(backend, plain, case.slices)
     x = to_device(plain, DEVICE)
     views = Inputs(*(spread(t, how) for t in (x.q, x.k, x.v)), None, spread(x.dout, how), None)
-    objections = Judge(plain, visible(case.slices, case.q_len, case.k_len)).objections(run_kernel(kernel, views, [case.slices]))
+    objections = judge_of(case, torch.bfloat16).objections(run_kernel(kernel, views, [case.slices]))
     assert not objections, "\n".join(objections)
 
 
-@pytest.mark.parametrize("name", ["gqa", "documents_apart", "prefix", "band"])
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["gqa", "documents_apart", "prefix", "band"])
 def test_in_place_state_and_added_gradients(backend: str, name: str) -> None:
     case = BY_NAME[name]
     cpu_inputs = make_slice_inputs(case, torch.bfloat16)
@@ -189,8 +197,8 @@ def test_in_place_state_and_added_gradients(backend: str, name: str) -> None:
         assert bool((buffer[:, ::2] == 7).all())
 
 
-@pytest.mark.parametrize("case", [LARGE[1], LARGE[5], LARGE[8], BY_NAME["gqa"]], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", [LARGE[1], LARGE[5], LARGE[8], BY_NAME["gqa"]], ids=str)
 def test_deterministic_gradients_repeat_bitwise(backend: str, case: SliceCase) -> None:
     inputs = make_slice_inputs(case, torch.bfloat16)
     kernel = kernel_for(backend, inputs, case.slices, deterministic=True)
@@ -229,8 +237,8 @@ def test_cudnn_is_used_where_it_is_there() -> None:
     assert not sdpa._cudnn_wanted(shape, backward=True, deterministic=True)
 
 
-@pytest.mark.parametrize("case", [LARGE[1], LARGE[5], LARGE[6], LARGE[8]], ids=str)
 @pytest.mark.parametrize("backend", ["sdpa", "flash_attn", "hopper"])
+@pytest.mark.parametrize("case", [LARGE[1], LARGE[5], LARGE[6], LARGE[8]], ids=str)
 def test_never_waits_for_the_device(backend: str, case: SliceCase) -> None:
     """Once warm, a call only queues work: what overlaps with it may run on."""
     inputs = make_slice_inputs(case, torch.bfloat16)

@@ -1,4 +1,5 @@
-"""What one GPU shows of the passes: drawn worlds, CUDA graphs, a host that waits for nothing, memory.
+"""What one GPU shows of the passes: drawn worlds, what is packed, passes of one call, CUDA graphs, a host that waits for nothing,
+memory.
 
 Symmetric memory's flags between ranks are tests/multigpu's: ranks of one process and GPU share the driver's queues and the host's
 waits for the whole device (a kernel that is loaded, memory that is made), and then wait for each other for ever.
@@ -17,19 +18,17 @@ from torch import Tensor
 
 from ringflash import Mask, attention
 from ringflash.autograd import Attention, Job
-from ringflash.kernels import Problem, choose
+from ringflash.kernels import Problem, choose, hopper_backward
 from ringflash.parallel.memory import Demand, Shape, extra_bytes, symmetric_bytes, tensor_bytes
 from ringflash.parallel.plan import Plan, make_plan
-from ringflash.parallel.transport import Label, Message, Transport
+from ringflash.parallel.transport import Cargo, Label, Message, Transport
 from ringflash.simulated import SimulatedWorld
-from ringflash.testing import draw, make_inputs
+from ringflash.testing import Case, Results, draw, make_inputs, spread
 from ringflash.testing.runs import judge_of, simulate
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-HOPPER = pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
-)
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("cuda")]
 
+DEVICE = "cuda"
 HEADS, KV_HEADS, DIM = 8, 2, 64
 
 
@@ -45,6 +44,77 @@ def test_drawn_cases_of_several_ranks_on_one_gpu(world: int) -> None:
         case = draw(seed, worlds=(world,))
         wrong += [f"{case!r}: {text}" for text in judge_of(case).objections(simulate(case, make_inputs(case, "cuda")).cpu())]
     assert not wrong, "\n".join(wrong)
+
+
+# ---- what travels --------------------------------------------------------------------------------------------------------------
+
+
+def bits(x: Tensor) -> Tensor:
+    return x.contiguous().view(torch.uint8)
+
+
+@pytest.mark.parametrize("how", ["", "some of the heads", "heads first", "every third row", "inside a wider dim"])
+@pytest.mark.parametrize("widths", [(128, 128), (64, 64), (192, 128), (96, 96), (40, 72), (37, 37), (5, 2)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+def test_packed_queries_are_the_plain_cat(dtype: torch.dtype, widths: tuple[int, int], how: str) -> None:
+    """Q and dO are copied by words where they can be, beside lse and delta: bit for bit what cat makes of them, rows between them
+    untouched."""
+    make = torch.Generator(DEVICE).manual_seed(0)
+    rows, heads = 67, 6
+    wide = [torch.randn(2, rows, heads, width, device=DEVICE, generator=make).to(dtype) for width in widths]
+    for x in wide:
+        x[0, 50, 2:4, :2] = torch.tensor([torch.nan, -0.0], device=DEVICE)
+    if how == "some of the heads":
+        wide, heads = [x[:, :, 2:4] for x in wide], 2
+    elif how:
+        wide = [spread(x, how) for x in wide]
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    narrow = [torch.randn(2, heads, rows, device=DEVICE, dtype=acc, generator=make) for _ in range(2)]
+    cargo = Cargo(wide, narrow)
+    buffer = torch.full(cargo.shape(rows), torch.nan, dtype=dtype, device=DEVICE)
+    before, packed = buffer.clone(), ((3, 20), (41, rows))
+    cargo.pack(buffer, packed)
+    for start, stop in packed:
+        part, plain = buffer[start:stop], torch.cat([x[:, start:stop] for x in wide], -1).transpose(0, 1)
+        assert torch.equal(bits(part[..., : sum(widths)]), bits(plain))
+        own = (*(x[:, start:stop] for x in wide), *(x[..., start:stop] for x in narrow))
+        for given, x in zip(cargo.unpack(part), own, strict=True):
+            assert torch.equal(bits(given), bits(x))
+    for start, stop in ((0, 3), (20, 41)):
+        assert torch.equal(bits(buffer[start:stop]), bits(before[start:stop]))
+
+
+# ---- a pass of one call --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("deterministic", [False, True], ids=["", "deterministic"])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("mask", ["full()", "causal()", "causal(window=130)", "documents([0, 300, 1, 390, 9])"])
+def test_a_pass_of_one_call_leaves_delta_to_the_kernel(
+    mask: str, dim: int, deterministic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through autograd; but where the log-sum-exp is differentiated, or there are sinks, delta is the loop's."""
+    given: list[Tensor | None] = []
+    real = hopper_backward.gradients
+
+    def gradients(*args: Any, row_delta: Tensor | None, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+        given.append(row_delta)
+        return real(*args, row_delta=row_delta, **options)
+
+    monkeypatch.setattr(hopper_backward, "gradients", gradients)
+    shape = {"q_len": 700, "k_len": 700, "heads": HEADS, "kv_heads": KV_HEADS, "head_dim": dim, "head_dim_v": dim}
+    case = Case(mask, world=1, dtype="bfloat16", **shape)  # type: ignore[arg-type]
+    for dlse, sinks in ((False, False), (True, False), (False, True)):
+        asked = replace(case, dlse=dlse, sinks=sinks)
+        x = make_inputs(asked, DEVICE)
+        leaves = [t.requires_grad_() for t in (x.q, x.k, x.v, x.sinks) if t is not None]
+        options: dict[str, Any] = {"sinks": x.sinks, "backend": "hopper", "deterministic": deterministic}
+        out, lse = attention(*leaves[:3], mask=asked.build_mask(), return_lse=True, **options)
+        grads = torch.autograd.grad([out, lse] if dlse else [out], leaves, [x.dout, x.dlse] if dlse else [x.dout])
+        results = Results(out.detach(), lse.detach(), *grads[:3], grads[3] if sinks else None)
+        assert not judge_of(asked, DEVICE).objections(results)
+        assert len(given) == 1 and (given.pop() is None) == (not dlse and not sinks)
 
 
 # ---- CUDA graphs ---------------------------------------------------------------------------------------------------------------
@@ -178,7 +248,7 @@ class Held:
         self.messages = []
 
 
-@HOPPER
+@pytest.mark.usefixtures("hopper")
 @pytest.mark.parametrize(("schedule", "groups"), [("ring", 1), ("allgather", 1), ("staged:2", 1), ("ring", 2)])
 def test_the_allocator_agrees_with_the_formula(schedule: str, groups: int) -> None:
     """One rank of four, its transfers left out: within 3 %, which is 7 to 9 MiB.

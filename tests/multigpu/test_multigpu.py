@@ -6,45 +6,28 @@ Ranks are processes of a pool, one GPU each; no torchrun.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import timedelta
 
 import pytest
 import torch
+from torch import Tensor
 from torch.distributed.distributed_c10d import _get_default_store
 
 from ringflash import ContextParallel, Mask, attention
-from ringflash.testing import Case, RankPool, draw, objections_on_ranks
+from ringflash.parallel.memory import Frugality
+from ringflash.testing import Case, RankPool, Results, draw, objections_on_ranks
 from ringflash.testing.rank_pool import RankError
+from ringflash.testing.runs import context_of, device_of, run_on_rank
 
-GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
+GPUS = torch.cuda.device_count()
 
 pytestmark = [pytest.mark.multigpu, pytest.mark.skipif(GPUS < 2, reason="needs at least two GPUs")]
 
 WORLDS = [n for n in (2, 4, 8) if n <= GPUS] or [2]
-BACKEND = "cpu:gloo,cuda:nccl"
 
-Pools = Callable[[int], RankPool]
-
-
-@pytest.fixture(scope="module")
-def gpus() -> Iterator[Pools]:
-    """``gpus(world)``: a pool of that many ranks with a GPU each. Only the last world asked for holds its GPUs."""
-    pools: dict[int, RankPool] = {}
-
-    def get(world: int) -> RankPool:
-        if world not in pools:
-            for pool in pools.values():
-                pool.close()
-            pools.clear()
-            pools[world] = RankPool(world, backend=BACKEND)
-        return pools[world]
-
-    yield get
-    for pool in pools.values():
-        pool.close()
-
+Pools = Callable[..., RankPool]
 
 MASKS = (
     "full()",
@@ -77,7 +60,7 @@ def gpu_case(world: int, **changes: object) -> Case:
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: s["schedule"])
-@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("world", WORLDS, scope="module")
 def test_every_schedule_computes_every_mask(gpus: Pools, world: int, schedule: dict[str, object]) -> None:
     if schedule["schedule"] == "hybrid" and world == 2:
         schedule = {"schedule": "ulysses"}  # two ranks have no proper part
@@ -87,7 +70,7 @@ def test_every_schedule_computes_every_mask(gpus: Pools, world: int, schedule: d
 
 
 @pytest.mark.parametrize("transport", ["auto", "p2p", "alltoall", "allgather"])
-@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("world", WORLDS, scope="module")
 def test_every_transport(gpus: Pools, world: int, transport: str) -> None:
     cases = [
         gpu_case(world, mask=mask, schedule="allgather", transport=transport, layout=layout, dlse=True, sinks=True)
@@ -99,7 +82,7 @@ def test_every_transport(gpus: Pools, world: int, transport: str) -> None:
 
 
 @pytest.mark.parametrize("batch", range(6))
-@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("world", WORLDS, scope="module")
 def test_drawn(gpus: Pools, world: int, batch: int) -> None:
     """Small cases with every option drawn; float64 among them, so the way things travel is held to 1e-12."""
     first = 200_000 + world * 100 + 10 * batch
@@ -114,13 +97,43 @@ def test_drawn(gpus: Pools, world: int, batch: int) -> None:
 
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_head_dims(gpus: Pools, head_dim: int, dtype: str) -> None:
+@pytest.mark.parametrize("world", WORLDS[:1], scope="module")
+def test_head_dims(gpus: Pools, world: int, head_dim: int, dtype: str) -> None:
     cases = [
-        replace(gpu_case(WORLDS[0], mask=mask, head_dim=head_dim, head_dim_v=head_dim, softcap=softcap), dtype=dtype)
+        replace(gpu_case(world, mask=mask, head_dim=head_dim, head_dim_v=head_dim, softcap=softcap), dtype=dtype)
         for mask in ("causal()", "causal(window=257)")
         for softcap in (0.0, 10.0)
     ]
-    wrong = objections_on_ranks(gpus(WORLDS[0]), cases, device="cuda")
+    wrong = objections_on_ranks(gpus(world), cases, device="cuda")
+    assert not wrong, "\n".join(wrong)
+
+
+class Quarters(ContextParallel):
+    """A context whose budget may choose the stages only: heads go in four groups, one after the other."""
+
+    def frugalities(self, k_len: int, kv_heads: int) -> tuple[Frugality, ...]:
+        return tuple(choice for choice in super().frugalities(k_len, kv_heads) if choice.groups == 4)
+
+
+def run_lean(rank: int, cases: Sequence[Case], device: str) -> list[tuple[Results, Tensor, Tensor]]:
+    """``run_all_on_rank`` in four groups of heads."""
+    found = []
+    for case in cases:
+        cp = context_of(case, Quarters, memory_budget="lean")
+        found.append(run_on_rank(case, device_of(rank, device), cp))
+        assert [job.groups for job in cp.jobs.values()] == [4]
+    return found
+
+
+@pytest.mark.parametrize("transport", ["auto", "p2p"])
+@pytest.mark.parametrize("world", WORLDS, scope="module")
+def test_lean_in_four_groups_of_heads(gpus: Pools, world: int, transport: str) -> None:
+    cases = [
+        gpu_case(world, mask=mask, schedule=schedule, transport=transport, kv_heads=4, dlse=more, sinks=more)
+        for mask in ("causal()", "causal(window=257)", "documents([0, 300, 1, 700, 23])", "dilated(3)")
+        for schedule, more in (("auto", False), ("ring", True))
+    ]
+    wrong = objections_on_ranks(gpus(world), cases, device="cuda", work=run_lean)
     assert not wrong, "\n".join(wrong)
 
 
@@ -137,8 +150,9 @@ def repeat(rank: int, transport: str) -> bool:
 
 
 @pytest.mark.parametrize("transport", ["auto", "p2p"])
-def test_deterministic_means_the_same_bits(gpus: Pools, transport: str) -> None:
-    assert all(gpus(WORLDS[-1]).run(repeat, transport))
+@pytest.mark.parametrize("world", WORLDS[-1:], scope="module")
+def test_deterministic_means_the_same_bits(gpus: Pools, world: int, transport: str) -> None:
+    assert all(gpus(world).run(repeat, transport))
 
 
 TIMEOUT_S = 5.0
@@ -163,9 +177,9 @@ def stall(rank: int) -> str:
     return "no error"
 
 
-def test_a_stalled_gpu_rank_ends_in_an_error_and_not_in_a_hang() -> None:
+def test_a_stalled_gpu_rank_ends_in_an_error_and_not_in_a_hang(fresh_gpus: Pools) -> None:
     """In the error of the call or, where the driver lets no thread go on, in the end of the process."""
-    with RankPool(2, backend=BACKEND) as pool:
+    with fresh_gpus(2, last=True) as pool:
         outcomes = pool.outcomes(stall, timeout_s=50.0)
         pool.kill()
     if outcomes[0].error is None:

@@ -6,7 +6,7 @@ import os
 import random
 import re
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,18 +22,20 @@ from ringflash.parallel.transport import Label
 from ringflash.parallel.transport.symmetric import Cuda, Op, Symmetric
 from ringflash.testing import RankPool
 
-GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
+GPUS = torch.cuda.device_count()
 
 pytestmark = [pytest.mark.multigpu, pytest.mark.skipif(GPUS < 2, reason="needs at least two GPUs")]
 
 WORLD = 4 if GPUS >= 4 else 2
-BACKEND = "cpu:gloo,cuda:nccl"
 TIMEOUT_S = 8.0
+
+Pools = Callable[..., RankPool]
 
 
 @pytest.fixture(scope="module")
-def gpus() -> Iterator[RankPool]:
-    with RankPool(WORLD, backend=BACKEND) as pool:
+def peers(fresh_gpus: Pools) -> Iterator[RankPool]:
+    """Not the pool of other files: what these tests measure begins with an allocator that has seen nothing else."""
+    with fresh_gpus(WORLD) as pool:
         yield pool
 
 
@@ -149,8 +151,8 @@ def same_as_undelayed(rank: int, kind: type[Symmetric], seeds: Sequence[int]) ->
     return equal
 
 
-def test_random_delays_change_nothing(gpus: RankPool) -> None:
-    for answers in gpus.run(same_as_undelayed, Symmetric, range(3), timeout_s=90.0):
+def test_random_delays_change_nothing(peers: RankPool) -> None:
+    for answers in peers.run(same_as_undelayed, Symmetric, range(3), timeout_s=90.0):
         assert all(answers)
 
 
@@ -161,9 +163,9 @@ BUGS = (NeverWaitsForReaders, NeverWaitsForTheOwner, SignalsBeforeItIsComplete, 
 
 
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.__name__)
-def test_random_delays_show_a_bug(bug: type[Symmetric]) -> None:
+def test_random_delays_show_a_bug(fresh_gpus: Pools, bug: type[Symmetric]) -> None:
     """In numbers, or in ranks that wait until they give up: a signal that is lost is not given again. No other error counts."""
-    with RankPool(WORLD, backend=BACKEND) as pool:
+    with fresh_gpus(WORLD) as pool:
         outcomes = pool.outcomes(same_as_undelayed, bug, range(4), timeout_s=60.0, grace_s=15.0)
         pool.kill()
     errors = [outcome.error for outcome in outcomes if outcome.error is not None]
@@ -224,8 +226,8 @@ def graphed(rank: int, transport: str, backward: bool) -> list[str]:
 
 @pytest.mark.parametrize("transport", ["symmetric", "p2p"])
 @pytest.mark.parametrize("backward", [False, True])
-def test_captured_passes_between_ranks(gpus: RankPool, transport: str, backward: bool) -> None:
-    assert gpus.run(graphed, transport, backward, timeout_s=60.0) == [[]] * WORLD
+def test_captured_passes_between_ranks(peers: RankPool, transport: str, backward: bool) -> None:
+    assert peers.run(graphed, transport, backward, timeout_s=60.0) == [[]] * WORLD
 
 
 # ---- the host, and memory ------------------------------------------------------------------------------------------------------
@@ -255,8 +257,8 @@ def steady(rank: int, transport: str) -> str:
 
 
 @pytest.mark.parametrize("transport", ["symmetric", "p2p"])
-def test_nothing_waits_for_the_device_in_the_steady_state(gpus: RankPool, transport: str) -> None:
-    assert gpus.run(steady, transport) == [""] * WORLD
+def test_nothing_waits_for_the_device_in_the_steady_state(peers: RankPool, transport: str) -> None:
+    assert peers.run(steady, transport) == [""] * WORLD
 
 
 def memory(rank: int, schedule: str, budget: int | None) -> tuple[int, int, int, int]:
@@ -295,15 +297,15 @@ ROUNDING = 0.04
 
 
 @pytest.mark.parametrize("schedule", ["auto", "ring", "staged:2"])
-def test_memory_is_what_the_formula_says(gpus: RankPool, schedule: str) -> None:
-    for found, told, held, told_held in gpus.run(memory, schedule, None):
+def test_memory_is_what_the_formula_says(peers: RankPool, schedule: str) -> None:
+    for found, told, held, told_held in peers.run(memory, schedule, None):
         assert abs(found - told) < ROUNDING * told
         assert held == told_held
 
 
-def test_a_budget_is_kept(gpus: RankPool) -> None:
+def test_a_budget_is_kept(peers: RankPool) -> None:
     budget = 150 << 20  # at full speed a call takes 192 MiB or more
-    for found, told, held, _ in gpus.run(memory, "auto", budget):
+    for found, told, held, _ in peers.run(memory, "auto", budget):
         tensors_of_rank = 8192 * 128 * 2 * (2 * (16 + 16) + 2 * (4 + 4)) + 8192 * 16 * 4
         assert abs(found - told) < ROUNDING * told
         assert found + held - tensors_of_rank < (1 + ROUNDING) * budget
@@ -334,9 +336,9 @@ def until_killed(rank: int, transport: str, backward: bool, folder: str) -> str:
 
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("transport", ["symmetric", "p2p"])
-def test_a_killed_rank_ends_the_others_with_a_word(transport: str, backward: bool, tmp_path: Path) -> None:
+def test_a_killed_rank_ends_the_others_with_a_word(fresh_gpus: Pools, transport: str, backward: bool, tmp_path: Path) -> None:
     """In the error of the call, or, where the driver lets no thread go on, in the end of the process with exit code 70."""
-    with RankPool(WORLD, backend=BACKEND) as pool:
+    with fresh_gpus(WORLD) as pool:
         outcomes = pool.outcomes(until_killed, transport, backward, str(tmp_path), timeout_s=60.0, grace_s=40.0)
         pool.kill()
     said = "".join(path.read_text(errors="replace") for path in tmp_path.iterdir())
