@@ -54,6 +54,9 @@ GROUPS = ("tests/test_groups.py",)
 KNOWN = ("tests/test_host_time.py::test_a_call_that_differs_is_another_call",)
 CARGO = ("tests/test_cargo.py",)
 LANES = ("tests/test_context.py::test_both_passes_leave_what_the_transport_asks_for",)
+ITINERARY = ("tests/test_itinerary.py",)
+MODELS = tuple(f"tests/test_hf.py::test_{name}" for name in ("ranks_compute_what_one_device_does", "batches_and_layouts"))
+NOT_THE_SAME = ("tests/test_hf.py::test_ranks_that_are_not_given_the_same_are_told",)
 NONFINITE = ("tests/test_nonfinite.py::test_a_bad_value_reaches_the_rows_that_see_it_and_no_others",)
 
 TIMEOUT_S = 300
@@ -388,6 +391,45 @@ BUGS = (
         "dist.all_reduce(total, group=group)\n        return take",
         "return take",
         SHARD,
+    ),
+    # pulled rows
+    Bug(
+        "a pull begins behind the rows it is for",
+        "parallel/plan.py",
+        "stage[: stage.index(piece)]",
+        "stage[: stage.index(piece) + 1]",
+        ITINERARY,
+    ),
+    # models of Hugging Face
+    Bug("a model's window is dropped", "ringflash/hf.py", "Mask.causal(self.window) if", "Mask.causal() if", MODELS),
+    Bug(
+        "packed sequences see each other",
+        "ringflash/hf.py",
+        "return _Seen(words, q_length, kv_length, now.documents, of=now)",
+        "return _Seen(words, q_length, kv_length, None, of=now)",
+        MODELS,
+    ),
+    Bug(
+        "positions count from the rank's first token",
+        "ringflash/hf.py",
+        "words[name] = view.shard(words[name], dim=1)",
+        "words[name] = view.shard(words[name], dim=1) if name != SHARDED[2] else words[name][:, : len(view.positions(S))]",
+        MODELS,
+    ),
+    Bug(
+        "labels of a model shifted after the cut",
+        "ringflash/hf.py",
+        "value=IGNORED)[..., 1:])",
+        "value=IGNORED)[..., :-1])",
+        MODELS,
+    ),
+    Bug("a model's gradients are not scaled for the mean", "ringflash/hf.py", "return grad * ctx.factor", "return grad", MODELS),
+    Bug(
+        "ranks with other batches are not told",
+        "ringflash/hf.py",
+        "strict=True) if a != b]",
+        "strict=True) if a < 0]",
+        NOT_THE_SAME,
     ),
 )
 
