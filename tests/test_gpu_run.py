@@ -48,8 +48,9 @@ def make_gpu(folder: Path, gpus: int, broken: str) -> tuple[subprocess.Completed
 def test_all_parts_run_whichever_fails(broken: str, name: str | None, tmp_path: Path) -> None:
     done, calls = make_gpu(tmp_path, 4, broken)
     assert len(calls) == 3
-    assert calls[0].startswith("python -m pytest -m gpu --instant --one-gpu -n 24 tests/gpu/test_deterministic.py ")
-    assert calls[1].startswith("python -m pytest -m multigpu --instant tests/multigpu/test_multigpu.py ")
+    assert calls[0].startswith("python -m pytest -m gpu --instant --one-gpu -n 24 tests/gpu/")
+    assert calls[1].startswith("python -m pytest -m multigpu --instant tests/multigpu/")
+    assert "tests/gpu/test_hopper_forward.py" in calls[0] and "tests/multigpu/test_multigpu.py" in calls[1]
     assert "tests/test_train.py" in calls[1] and all("tests/test_ops.py" in call for call in calls[:2])
     assert calls[2] == "ringflash check --device cuda --world 4"
     assert (done.returncode == 0) == (name is None)
