@@ -20,7 +20,7 @@ PYTHON ?= python3
 VENV ?= .venv
 SYSTEM_SITE ?=
 ARGS ?=
-PYTEST_ARGS ?= -n 2
+PYTEST_ARGS ?= -n 2 --dist worksteal
 WORKERS_PER_GPU ?= 6
 
 BIN := $(VENV)/bin
