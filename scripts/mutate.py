@@ -433,8 +433,8 @@ BUGS = (
     Bug(
         "ranks with other batches are not told",
         "ringflash/hf/parallel.py",
-        "strict=True) if a != b]",
-        "strict=True) if a < 0]",
+        "agreement.agree(facts)",
+        "agreement.gather(facts)",
         NOT_THE_SAME,
     ),
 )

@@ -353,19 +353,18 @@ def disagreeing(rank: int) -> dict[str, str]:
 def test_ranks_that_are_not_given_the_same_are_told(ranks: Callable[[int], RankPool]) -> None:
     first, second = ranks(2).run(disagreeing)
     differ = {
-        "tokens": "input_ids",
-        "labels": "labels, shift_labels, num_items_in_batch",
-        "length": "sizes, input_ids, position_ids, labels, shift_labels, num_items_in_batch",
-        "no labels": "labels, shift_labels, num_items_in_batch",
-        "packing": "packed sequences, position_ids",
+        "tokens": "input_ids: rank 0: checksum ",
+        "labels": "labels: rank 0: checksum ",
+        "length": f"tokens: rank 0: 1 x {S}; rank 1: 1 x {S - 1}.",
+        "no labels": "labels: rank 0: checksum ",
+        "packing": "packed sequences: rank 0: none; rank 1: 3, ",
     }
     for said in (first, second):
         for name, what in differ.items():
-            expected = f"ranks 0 and 1 were not given the same batch; what differs: {what}."
-            assert said[name].startswith(expected), (name, said[name])
+            assert said[name].startswith(f"the ranks disagree on {what}"), (name, said[name])
         assert float(said["afterwards"]) < CLOSE
-    assert first["refused"] == first["strange error"] == "rank 1 refused this call: its own error says why"
-    assert "must stand at the ends" in second["refused"] and "got dict" in second["strange error"]
+    for name, words in (("refused", "must stand at the ends"), ("strange error", "got dict")):
+        assert first[name] == f"rank 1 refused: {second[name]}" and words in second[name]
 
 
 def otherwise(rank: int) -> dict[str, float]:

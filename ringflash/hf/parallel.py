@@ -27,8 +27,6 @@ LAYERS = ("full_attention", "sliding_attention", "chunked_attention")
 LENGTH_DEPENDENT = ("dynamic", "longrope")
 """Kinds of rotary embeddings whose frequencies depend on the longest position that a call sees."""
 SHARDED = ("input_ids", "inputs_embeds", "position_ids", "labels", "shift_labels")
-FACTS = ("sizes", "packed sequences", "padding", *SHARDED, "num_items_in_batch")
-"""Of a batch: what ranks compare."""
 PARALLEL = "ringflash_parallel"
 """A parallelized model's attribute."""
 
@@ -88,21 +86,19 @@ class Parallel:
 
     @eager
     def _enter(self, args: tuple[Any, ...], given: dict[str, Any]) -> tuple[dict[str, Any], Pass]:
-        """The arguments of the whole batch -> those of this rank's tokens. Raises the same ValueError on all ranks, or on all
-        that one of them did, if one rank cannot, or if they do not have the same batch."""
-        words: dict[str, Any] = {}
-        error: Exception | None = None
-        facts: dict[str, Tensor | int] = dict.fromkeys(FACTS, 0)
-        documents, padded = None, False
+        """The arguments of the whole batch -> those of this rank's tokens. Raises ValueError on all ranks if one of them cannot,
+        or if they do not have the same batch: they agree before anything is sent."""
+        agreement = self.cp.agreement
         try:
             words = self._arguments(args, given)
             documents, padded = self._checked(words)
-            facts |= {"sizes": _digest(_first(words).shape), "packed sequences": _digest(documents), "padding": padded}
-            facts |= {name: _print_of(words[name]) for name in FACTS if name in words}
-        except Exception as found:  # of whatever kind: the other ranks wait
-            error = found
-        self._agree(facts, error)
-        S = _first(words).shape[1]
+            B, S = _first(words).shape[:2]
+            facts = {"tokens": f"{B} x {S}", "packed sequences": _short(documents), "padding": str(padded)}
+            facts |= {name: _print_of(words.get(name)) for name in (*SHARDED, "num_items_in_batch")}
+        except Exception as error:  # of whatever kind: the other ranks wait
+            agreement.refuse(error)
+            raise
+        agreement.agree(facts)
         view = self.cp.for_mask(Mask.causal() if documents is None else Mask.documents(documents))  # for a balanced layout
         for name in (n for n in SHARDED if n in words):
             words[name] = view.shard(words[name], dim=1)
@@ -168,25 +164,6 @@ class Parallel:
             raise ValueError(f"{B} x {S} tokens leave some of {self.cp.world} ranks none, which transformers cannot compute")
         return documents, padded
 
-    def _agree(self, facts: dict[str, Tensor | int], error: Exception | None) -> None:
-        """Raises the own error, or a ValueError if another rank has one or another batch; every rank asks in every call, before
-        anything else is sent."""
-        device = next(self.model.parameters()).device
-        said = torch.stack([torch.as_tensor(x, device=device, dtype=torch.int64) for x in (error is not None, *facts.values())])
-        everybody = said.new_empty((self.cp.world, len(said)))
-        dist.all_gather_into_tensor(everybody.view(-1), said, group=self.cp.group)
-        if error is not None:
-            raise error
-        rows = everybody.tolist()
-        if refused := [str(rank) for rank, row in enumerate(rows) if row[0]]:
-            raise ValueError(f"rank {', '.join(refused)} refused this call: its own error says why")
-        for rank, row in enumerate(rows):
-            if differ := [name for name, a, b in zip(facts, row[1:], rows[0][1:], strict=True) if a != b]:
-                raise ValueError(
-                    f"ranks 0 and {rank} were not given the same batch; what differs: {', '.join(differ)}. Every rank of a "
-                    "context passes the whole batch, and its share is cut out here: no distributed sampler among these ranks"
-                )
-
     @eager
     def _loss(self, *args: Any, **given: Any) -> Any:
         """The model's loss function, watched."""
@@ -244,19 +221,21 @@ def _packing(words: dict[str, Any], B: int, S: int, packs: bool) -> tuple[int, .
     return documents_of(positions) if packs and positions is not None and positions.dim() == 2 else None
 
 
-def _print_of(x: Tensor | int) -> Tensor | int:
-    """A number that tells contents apart: of a tensor its sum, weighted by place, modulo 2^64."""
-    if not isinstance(x, Tensor):
-        return x
+def _print_of(x: Any) -> str:
+    """What tells contents apart: of a tensor a checksum, its sum weighted by place, modulo 2^64."""
+    if not isinstance(x, Tensor) or not x.dim():
+        return "none" if x is None else str(int(x))
     flat = x.detach().reshape(-1)
     flat = flat.float().view(torch.int32) if flat.is_floating_point() else flat
     places = torch.arange(1, flat.numel() + 1, device=x.device)
-    return (flat.long() * (places * 0x5851F42D + 0x14057B7F)).sum()
+    return f"checksum {int((flat.long() * (places * 0x5851F42D + 0x14057B7F)).sum()) % (1 << 64):016x}"
 
 
-def _digest(x: Any) -> int:
-    """A number of 63 bits that is the same on all ranks, unlike ``hash``."""
-    return int.from_bytes(hashlib.sha1(repr(x).encode()).digest()[:8], "big") >> 1
+def _short(documents: tuple[int, ...] | None) -> str:
+    """Lengths of packed sequences in a few words that tell them apart."""
+    if documents is None:
+        return "none"
+    return f"{len(documents)}, {hashlib.sha1(repr(documents).encode()).hexdigest()[:8]}"
 
 
 def parallelize(model: PreTrainedModel, cp: ContextParallel, gradients: str = "mean") -> Parallel:
