@@ -340,10 +340,6 @@ class Plan:
         forecast = predict(self, tables.device, tables.link, takes_delta=takes_delta, deterministic=deterministic, **shape)
         return explain(self, forecast, source=tables.source)
 
-    def of_peer(self, rank: int) -> Plan:
-        """The plan of another ring rank."""
-        return make_plan(replace(self.key, rank=self.peer(rank)))
-
     def row_at(self, rank: int, owner: int, ranges: Ranges) -> tuple[int, int]:
         """Where a ring rank holds what it takes of another's chunk: the step in whose buffer, and the first row there.
 

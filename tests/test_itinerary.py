@@ -48,7 +48,7 @@ def in_full(plan: Plan, t: Transfer, rank: int) -> tuple[int, Ranges]:
         return 0, t.ranges
     held = [
         (n, chunk.offset)
-        for n, step in enumerate(plan.of_peer(rank).steps)
+        for n, step in enumerate(make_plan(replace(plan.key, rank=plan.peer(rank))).steps)
         for chunk in step.chunks
         if n and (chunk.owner, chunk.ranges) == (t.owner, t.ranges)
     ]

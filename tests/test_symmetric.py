@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ringflash.mask import Mask
-from ringflash.parallel.plan import Plan, make_schedule
+from ringflash.parallel.plan import Plan, make_plan, make_schedule
 from ringflash.parallel.transport import Label, Message
 from ringflash.parallel.transport.simulated import Mailbox, Simulated
 from ringflash.parallel.transport.symmetric import Op, Shared, Symmetric
@@ -281,7 +281,7 @@ class Rank:
                         assert leased is not None
                         sends.append(Message(t.dest, leased[chunk.offset : chunk.offset + rows]))
                     else:
-                        there = plan.of_peer(t.source).steps[t.step]
+                        there = make_plan(replace(plan.key, rank=plan.peer(t.source))).steps[t.step]
                         chunk = next(c for c in there.chunks if c.owner == plan.rank)
                         target = torch.empty(sum(b - a for a, b in chunk.ranges), 1, 1, width, dtype=k.dtype)
                         receives.append(Message(t.source, target, chunk.offset))
