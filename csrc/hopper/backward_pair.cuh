@@ -152,7 +152,6 @@ __device__ __forceinline__ void make_pair_dq(const BackwardParams& p, Shared& s,
     ptx::mbarrier_wait(&s.step_told[i % kStepRing], (i / kStepRing) & 1);
     const int flags = step.flags;
     if (flags & kStop) break;
-    const int row = step.first_row, head = step.head, batch = step.batch;
     if (flags & kFirst) ptx::mbarrier_wait(&s.k_full, items++ & 1);
     float x[32];
 #pragma unroll
@@ -205,7 +204,7 @@ __device__ __forceinline__ void make_pair_dq(const BackwardParams& p, Shared& s,
 #pragma unroll
       for (int c = 0; c < 2; c++) {
         const int column = rank * 64 + c * 32;
-        if (column < p.head_dim) ptx::tensor_reduce_add(dq_map, s.dq[0][c], column, row, head, batch);
+        if (column < p.head_dim) ptx::tensor_reduce_add(dq_map, s.dq[0][c], column, step.first_row, step.head, step.batch);
       }
       ptx::bulk_commit();
     }
