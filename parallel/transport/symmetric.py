@@ -46,6 +46,7 @@ from torch import Tensor
 
 from ringflash.parallel import trace
 from ringflash.parallel.plan import Plan
+from ringflash.parallel.streams import current_stream
 from ringflash.parallel.transport import Label, Message, Pending, Transport, itinerary
 from ringflash.parallel.transport.p2p import P2P
 from ringflash.parallel.watchdog import reached, watch
@@ -127,7 +128,7 @@ class Cuda:
         return torch.cuda.Stream(self.device, priority=-urgency)
 
     def current(self) -> torch.cuda.Stream:
-        return torch.cuda.current_stream(self.device)
+        return current_stream(self.device.index)
 
     def synchronize(self) -> None:
         torch.cuda.synchronize(self.device)
