@@ -42,6 +42,13 @@ MAX_GAP = TILE
 PIECE_ROWS, MOST_PIECES = 8192, 4
 """A double ring cuts chunks into up to four pieces of at least so many rows: the slow link then carries one while another is
 computed. Smaller pieces would only be more kernel calls."""
+BACKWARD_PIECE_ROWS, MOST_BACKWARD_PIECES = 4096, 8
+"""The same for a backward pass, where a piece's gradients cannot leave before the piece has come: the link is idle meanwhile."""
+BLOCKS_LATE = 4
+"""For so many blocks of a double ring nobody waits for gradients that cross slow links. The other side may have to wait for this
+one's pieces first, and kernels that wait for it hold up what it is waiting for. Causal, two nodes of two ranks joined by a slow
+link, over the time that its bytes take (8 or 32 key heads): 4 pieces and one block 1.14, 1.19; 8 pieces and one block 1.15, 1.14;
+8 and four blocks 1.06, 1.09."""
 
 
 LOCAL_LAST = 8192
@@ -382,8 +389,8 @@ class Plan:
 
     def due(self, slot: int, step: int) -> int:
         """The slot at which gradients that arrive in a post of ``slot`` are added: the next one, but what crosses slow links
-        has until its lane is used again."""
-        return slot + (self.key.schedule.inner if self.far[step] else 1)
+        has some blocks' time."""
+        return slot + (BLOCKS_LATE * self.key.schedule.inner if self.far[step] else 1)
 
     @cached_property
     def area(self) -> int:
@@ -690,22 +697,32 @@ def _evenly(pieces: Sequence[int], n: int, rows: IntArray) -> list[list[int]]:
 
 
 def _double_ring(
-    schedule: Schedule, rings: int, pieces: int, n: int, returns: bool, rows: Callable[[int], IntArray]
+    schedule: Schedule,
+    rings: int,
+    pieces: int,
+    n: int,
+    returns: bool,
+    rows: Callable[[int], IntArray],
+    sees: Callable[[int, int], bool],
 ) -> tuple[list[list[list[int]]], list[Way]]:
     """The stages of every rank, and the ways of their steps: blocks in which what crosses the slow links is followed by what the
-    neighbours pass on, and steps on what the neighbours own. A chunk is taken in n parts. Blocks that nobody of a group needs do
-    not exist."""
+    neighbours pass on, and steps on what the neighbours own, as far as the rank itself sees it. A chunk is taken in n parts.
+    Blocks that nobody of a group needs do not exist."""
     inner, everyone = schedule.inner, range(rings)
 
-    def parts(rank: int, owner: int) -> list[list[int]]:
-        return _evenly(range(owner * pieces, (owner + 1) * pieces), n, rows(rank))
+    def parts(rank: int, owner: int, all_of_it: bool) -> list[list[int]]:
+        some = range(owner * pieces, (owner + 1) * pieces)
+        return _evenly([piece for piece in some if all_of_it or sees(rank, piece)], n, rows(rank))
 
-    near = [[part for hop in range(1, inner) for part in parts(r, r // inner * inner + (r - hop) % inner)] for r in everyone]
+    def neighbours(rank: int) -> list[int]:
+        return [rank // inner * inner + (rank - hop) % inner for hop in range(1, inner)]
+
+    near = [[part for owner in neighbours(rank) for part in parts(rank, owner, False)] for rank in everyone]
     far: list[list[list[int]]] = []
     for rank in everyone:
         far.append([])
         for group in ((rank // inner - d) % (rings // inner) for d in range(1, rings // inner)):
-            taken = [parts(rank, group * inner + (rank - hop) % inner) for hop in range(inner)]
+            taken = [parts(rank, group * inner + (rank - hop) % inner, True) for hop in range(inner)]
             blocks = [[of_owner[i] for of_owner in taken] for i in range(n)]
             far[-1] += [stage for block in blocks if any(block) for stage in block]
     n_far = max(len(stages) for stages in far)
@@ -741,7 +758,7 @@ class _World:
         """By ring rank and step - 1: the pieces of a stage. By step - 1: its way, the same for all ranks."""
         schedule = self.key.schedule
         if schedule.name == "double_ring":
-            return _double_ring(schedule, self.rings, self.pieces, self.parts, self.key.returns, self.rows)
+            return _double_ring(schedule, self.rings, self.pieces, self.parts, self.key.returns, self.rows, self.sees)
         stages = [_ring(schedule, rank, self.rings, self.pieces, self.rows(rank)) for rank in range(self.rings)]
         if schedule.rows:
             most = max(len(s) for s in stages)
@@ -767,6 +784,15 @@ class _World:
         low = _bands_between(self.key, self.bands, stay, move, self.pieces)
         assert low is not None
         return low
+
+    def sees(self, rank: int, piece: int) -> bool:
+        """Whether a ring rank computes on a piece; True where that is not known."""
+        return self._seen is None or (rank, piece) in self._seen
+
+    @cached_property
+    def _seen(self) -> set[tuple[int, int]] | None:
+        """Ring ranks and pieces that meet."""
+        return None if self.low is None else set(zip(self.low.q_piece.tolist(), self.low.k_piece.tolist(), strict=True))
 
     def rows(self, rank: int) -> IntArray:
         """By piece: how many of its rows a ring rank takes (in a double ring: any rank of its group), or where that is not known,
@@ -800,11 +826,10 @@ class _World:
     @cached_property
     def rows_moved(self) -> int:
         """Rows that all ranks receive before they are computed on."""
-        # Every rank of a group takes them, but for the owner itself.
-        own = self.together * self.pieces
-        return int(self.together * self._rows.sum()) - sum(
-            int(rows[g * own : (g + 1) * own].sum()) for g, rows in enumerate(self._rows)
-        )
+        if self.together > 1:
+            return sum(int(self.rows(rank)[stage].sum()) for rank, stages in enumerate(self.stages) for stage in stages)
+        own = self.pieces
+        return int(self._rows.sum()) - sum(int(rows[r * own : (r + 1) * own].sum()) for r, rows in enumerate(self._rows))
 
     @cached_property
     def busiest(self) -> int:
@@ -864,7 +889,8 @@ def _world(key: PlanKey) -> _World:
     together = schedule.inner if schedule.name == "double_ring" else 1
     parts = schedule.pieces
     if not parts:
-        parts = min(max(max(move.lengths) // PIECE_ROWS, 1), MOST_PIECES) if 1 < together < stay.world else 1
+        rows, most = (BACKWARD_PIECE_ROWS, MOST_BACKWARD_PIECES) if key.returns else (PIECE_ROWS, MOST_PIECES)
+        parts = min(max(max(move.lengths) // rows, 1), most) if 1 < together < stay.world else 1
     pieces = 2 * parts if together > 1 and parts > 1 else parts
     timeless = replace(key, schedule=Schedule(ulysses=schedule.ulysses), returns=False)
     return _World(key, stay.world, together, pieces, parts, *_needs(timeless, together, pieces))
@@ -941,8 +967,8 @@ def make_plan(key: PlanKey) -> Plan:
         return takes.get(dest // together * (rings * pieces) + piece, ())
 
     def add(dest: int, piece: int, rows: Ranges) -> None:
-        if rows:
-            step, source = world.steps[dest][piece], world.source(dest, piece)
+        if rows and (step := world.steps[dest].get(piece)) is not None:
+            source = world.source(dest, piece)
             posts[ways[step].slot][step].append(Transfer(step, piece // pieces, source, dest, rows))
             homes[ways[step].home][step].append(Transfer(step, piece // pieces, dest, source, rows))
 

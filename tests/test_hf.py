@@ -198,9 +198,7 @@ def test_ranks_compute_what_one_device_does(ranks: Callable[[int], RankPool], fa
         ("nothing to learn on a rank", "contiguous", "mean", False),
     ],
 )
-def test_batches_and_layouts(
-    ranks: Callable[[int], RankPool], kind: str, layout: str, gradients: str, checkpoints: bool
-) -> None:
+def test_batches_and_layouts(ranks: Callable[[int], RankPool], kind: str, layout: str, gradients: str, checkpoints: bool) -> None:
     assert not objections(ranks(4).run(worst, "mistral, windows", kind, layout, gradients, checkpoints))
 
 
