@@ -42,7 +42,7 @@ from benchmarks.works import lognormal
 from ringflash.kernels import hopper, hopper_backward
 from ringflash.slices import UNBOUNDED, Slices
 
-PEERS = ("cudnn", "fa2", "flash_attn_4")
+PEERS = ("cudnn", "fa2", "flash_attn_4", "flash_attn_4_varlen")
 DOCUMENTS_TOKENS = 65536
 MOST_DIFFERENT = 0.02
 """Relative difference from our results above which a system does not compute the same: bf16 kernels differ by 3e-3 to 6e-3."""
@@ -257,6 +257,13 @@ def flash_attn_4(p: Problem) -> Run:
     return through_autograd(p, attend)
 
 
+def flash_attn_4_varlen(p: Problem) -> Run | None:
+    """A window by the entry for packed documents, of which there is one."""
+    if p.case.lengths or not p.case.window or p.q.shape[0] > 1:
+        return None
+    return through_autograd(p, baselines.flash_attn_4(p.case.causal, p.case.window, (p.case.S,)))
+
+
 def through_autograd(p: Problem, attend: baselines.Attention) -> Run:
     """A peer by its public entry, or its backward by torch's autograd on a graph that is kept."""
     if p.direction == "forward":
@@ -272,6 +279,7 @@ SYSTEMS: dict[str, Callable[[Problem], Run | None]] = {
     "cudnn": lambda p: torch_sdpa(p, baselines.CUDNN),
     "fa2": lambda p: torch_sdpa(p, baselines.FLASH),
     "flash_attn_4": flash_attn_4,
+    "flash_attn_4_varlen": flash_attn_4_varlen,
 }
 """Each makes its run on a problem; None where it does not apply."""
 

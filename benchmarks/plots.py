@@ -21,6 +21,7 @@ LABELS = {
     "cudnn": "cuDNN",
     "fa2": "FlashAttention-2",
     "flash_attn_4": "FlashAttention-4",
+    "flash_attn_4_varlen": "FlashAttention-4, packed",
     "single": "one GPU, no exchange",
     "ringflash": "ringflash",
     "ringflash@zigzag:8": "ringflash, layout zigzag:8",
@@ -85,6 +86,7 @@ KERNEL_COLOURS = {
     "hopper": COLOURS[0],
     "hopper_float32": COLOURS[5],
     "flash_attn_4": COLOURS[4],
+    "flash_attn_4_varlen": COLOURS[5],
     "cudnn": COLOURS[3],
     "fa2": COLOURS[6],
 }
