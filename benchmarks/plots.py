@@ -86,7 +86,7 @@ KERNEL_COLOURS = {
     "hopper": COLOURS[0],
     "hopper_float32": COLOURS[5],
     "flash_attn_4": COLOURS[4],
-    "flash_attn_4_varlen": COLOURS[5],
+    "flash_attn_4_varlen": COLOURS[7],
     "cudnn": COLOURS[3],
     "fa2": COLOURS[6],
 }
