@@ -113,8 +113,8 @@ BUGS = (
     Bug(
         "dropped chunk: the last one of a ring never travels",
         "parallel/plan.py",
-        "        if rows:\n            step, source =",
-        "        if rows and (dest - piece // pieces) % rings != rings - 1:\n            step, source =",
+        "        if rows and (step :=",
+        "        if rows and (dest - piece // pieces) % rings != rings - 1 and (step :=",
     ),
     Bug(
         "dropped chunk: of a stage only the first is computed",
@@ -186,9 +186,23 @@ BUGS = (
     Bug(
         "what crosses slow links holds up the next step",
         "parallel/plan.py",
-        "slot + (self.key.schedule.inner if self.far[step] else 1)",
+        "slot + (BLOCKS_LATE * self.key.schedule.inner if self.far[step] else 1)",
         "slot + 1",
         DUE,
+    ),
+    Bug(
+        "a double ring's neighbours send what their neighbour sees nothing of",
+        "parallel/plan.py",
+        "if all_of_it or sees(rank, piece)], n",
+        "if all_of_it or True], n",
+        PLAN,
+    ),
+    Bug(
+        "a double ring's neighbours send less than their neighbour sees",
+        "parallel/plan.py",
+        "return self._seen is None or (rank, piece) in self._seen",
+        "return self._seen is None or (rank, piece) in self._seen and piece % 2 == 0",
+        PLAN,
     ),
     Bug(
         "zigzag's second piece from the wrong end",
