@@ -786,13 +786,17 @@ class _World:
         return low
 
     def sees(self, rank: int, piece: int) -> bool:
-        """Whether a ring rank computes on a piece; True where that is not known."""
+        """Whether a ring rank computes on a piece of its own group; True where that is not known."""
         return self._seen is None or (rank, piece) in self._seen
 
     @cached_property
     def _seen(self) -> set[tuple[int, int]] | None:
-        """Ring ranks and pieces that meet."""
-        return None if self.low is None else set(zip(self.low.q_piece.tolist(), self.low.k_piece.tolist(), strict=True))
+        """Ring ranks and pieces of their own groups that meet."""
+        if self.low is None:
+            return None
+        q, k = self.low.q_piece, self.low.k_piece
+        inside = q // self.together == k // (self.pieces * self.together)
+        return set(zip(q[inside].tolist(), k[inside].tolist(), strict=True))
 
     def rows(self, rank: int) -> IntArray:
         """By piece: how many of its rows a ring rank takes (in a double ring: any rank of its group), or where that is not known,
