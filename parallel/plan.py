@@ -17,7 +17,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -710,19 +710,25 @@ def _double_ring(
     Blocks that nobody of a group needs do not exist."""
     inner, everyone = schedule.inner, range(rings)
 
-    def parts(rank: int, owner: int, all_of_it: bool) -> list[list[int]]:
-        some = range(owner * pieces, (owner + 1) * pieces)
-        return _evenly([piece for piece in some if all_of_it or sees(rank, piece)], n, rows(rank))
+    def pieces_of(owner: int) -> range:
+        return range(owner * pieces, (owner + 1) * pieces)
+
+    @cache
+    def parts(group: int, owner: int) -> list[list[int]]:
+        return _evenly(pieces_of(owner), n, rows(group * inner))
+
+    def seen(rank: int, owner: int) -> list[list[int]]:
+        return _evenly([piece for piece in pieces_of(owner) if sees(rank, piece)], n, rows(rank))
 
     def neighbours(rank: int) -> list[int]:
         return [rank // inner * inner + (rank - hop) % inner for hop in range(1, inner)]
 
-    near = [[part for owner in neighbours(rank) for part in parts(rank, owner, False)] for rank in everyone]
+    near = [[part for owner in neighbours(rank) for part in seen(rank, owner)] for rank in everyone]
     far: list[list[list[int]]] = []
     for rank in everyone:
         far.append([])
         for group in ((rank // inner - d) % (rings // inner) for d in range(1, rings // inner)):
-            taken = [parts(rank, group * inner + (rank - hop) % inner, True) for hop in range(inner)]
+            taken = [parts(rank // inner, group * inner + (rank - hop) % inner) for hop in range(inner)]
             blocks = [[of_owner[i] for of_owner in taken] for i in range(n)]
             far[-1] += [stage for block in blocks if any(block) for stage in block]
     n_far = max(len(stages) for stages in far)
@@ -830,10 +836,14 @@ class _World:
     @cached_property
     def rows_moved(self) -> int:
         """Rows that all ranks receive before they are computed on."""
-        if self.together > 1:
-            return sum(int(self.rows(rank)[stage].sum()) for rank, stages in enumerate(self.stages) for stage in stages)
-        own = self.pieces
-        return int(self._rows.sum()) - sum(int(rows[r * own : (r + 1) * own].sum()) for r, rows in enumerate(self._rows))
+        # Every rank of a group takes them, but for the owner itself, and for neighbours who see nothing of a piece.
+        own, total = self.together * self.pieces, int(self.together * self._rows.sum())
+        for group, rows in enumerate(self._rows):
+            for piece, n in enumerate(rows[group * own : (group + 1) * own].tolist(), group * own):
+                owner = piece // self.pieces
+                ranks = range(group * self.together, (group + 1) * self.together)
+                total -= n * sum(rank == owner or not self.sees(rank, piece) for rank in ranks)
+        return total
 
     @cached_property
     def busiest(self) -> int:

@@ -193,8 +193,8 @@ BUGS = (
     Bug(
         "a double ring's neighbours send what their neighbour sees nothing of",
         "parallel/plan.py",
-        "if all_of_it or sees(rank, piece)], n",
-        "if all_of_it or True], n",
+        "for piece in pieces_of(owner) if sees(rank, piece)]",
+        "for piece in pieces_of(owner)]",
         PLAN,
     ),
     Bug(
