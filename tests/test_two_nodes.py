@@ -70,10 +70,10 @@ def link_MBps(rank: int, nbytes: int, repeats: int) -> float:  # noqa: N802 (a u
     return statistics.median(readings)
 
 
-def fastest(nodes: RankPool) -> float:
-    """The speed of the link, MB/s: the best that was ever measured, since it lets nothing through faster than it is shaped to."""
+def usual(nodes: RankPool) -> float:
+    """The speed of the link, MB/s: the median of all that was measured of it. One reading is off by some per cent either way."""
     SPEEDS.append(nodes.run(link_MBps, 2 << 20, 3)[0])
-    return max(SPEEDS)
+    return statistics.median(SPEEDS)
 
 
 def together() -> float:
@@ -185,11 +185,11 @@ def test_two_axes_take_as_long_as_the_slow_link_or_as_computing(
     """Near max(compute, bytes that cross the slow link / its speed): within 10 or 15 %; a ring moves twice as much over it.
 
     In one of a few attempts: whatever else runs on the machine makes passes slower, but nothing makes them faster than their
-    kernels sleep, or than the link is at its fastest.
+    kernels sleep, or than the link lets through.
     """
     found = []
     for _ in range(ATTEMPTS):
-        speed = fastest(nodes)
+        speed = usual(nodes)
         ours = nodes.run(passes, replace(schedule, travels=travels), backward, compute_s, 2, causal)
         nbytes, link_s = busier(ours), busier(ours) / speed / 1e6
         found.append(ours[0].seconds / max(compute_s, link_s))
