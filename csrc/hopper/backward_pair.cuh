@@ -200,7 +200,7 @@ __device__ __forceinline__ void make_pair_dq(const BackwardParams& p, Shared& s,
       continue;
     }
     ptx::barrier_sync<2, 128>();
-    if (thread == 0) {
+    if (thread == 0) {  // who alone reads the record so late: it arrives at ds_free of the next step itself
 #pragma unroll
       for (int c = 0; c < 2; c++) {
         const int column = rank * 64 + c * 32;
