@@ -1,5 +1,5 @@
 # make run      trains a small model on real text over 4 ranks; ARGS="key=value ..." are passed on
-# make test     runs the tests; PYTEST_ARGS="-k merge" replaces the default options
+# make test     runs the tests, first those that measure time, alone; PYTEST_ARGS="-k merge" runs pytest once, with these options
 # make gpu      on a machine with GPUs: the tests that need one, spread over all; those that need several; ringflash check over all
 # make mutate   plants bugs one by one in a copy of the tree and shows that the tests catch each
 # make lint     ruff, mypy, clang-format
@@ -20,7 +20,7 @@ PYTHON ?= python3
 VENV ?= .venv
 SYSTEM_SITE ?=
 ARGS ?=
-PYTEST_ARGS ?= -n 2 --dist worksteal
+PYTEST_ARGS ?=
 WORKERS_PER_GPU ?= 6
 
 BIN := $(VENV)/bin
@@ -38,11 +38,18 @@ CXX_FILES := $(shell find csrc -name '*.cu' -o -name '*.cuh' -o -name '*.h')
 run: $(VENV)/.run
 	$(BIN)/ringflash train $(ARGS)
 
-test: $(VENV)/.dev
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
-
 # Files that have such tests. All files would do, but every worker would have to import them.
 MARKED = $(sort $(shell grep -lr --include='test_*.py' 'pytest\.mark\.$(1)\b' tests))
+
+test: $(VENV)/.dev
+ifeq ($(PYTEST_ARGS),)
+	@status=0; \
+	$(BIN)/python -m pytest -m alone $(call MARKED,alone) || status=$$?; \
+	$(BIN)/python -m pytest -m "not alone" -n 2 --dist worksteal || status=$$?; \
+	exit $$status
+else
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+endif
 
 gpu: $(VENV)/.dev
 	@gpus=$$($(BIN)/python -c 'import torch; print(torch.cuda.device_count())'); failed=; \

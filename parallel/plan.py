@@ -47,8 +47,9 @@ BACKWARD_PIECE_ROWS, MOST_BACKWARD_PIECES = 4096, 8
 LATE = 1 / 2
 """For so much of a chunk, in blocks of a double ring, nobody waits for gradients that cross slow links. The other side may have
 to wait for this one's pieces first, and kernels that wait for it hold up what it is waiting for. Causal, two nodes of two ranks,
-over the time that the bytes take on the slow link (8 or 32 key heads): 4 pieces and one block 1.14, 1.19, two blocks 1.12, 1.16;
-8 pieces and one block 1.15, 1.14, four blocks 1.06, 1.09. What has not arrived takes memory."""
+over the time that the bytes take on the slow link (gloo, sleeping kernels, a shaped link; 8 or 32 key heads): 4 pieces and one
+block 1.14, 1.19, two blocks 1.12, 1.16; 8 pieces and one block 1.15, 1.14, four blocks 1.06, 1.09. What has not arrived takes
+memory."""
 
 
 LOCAL_LAST = 8192

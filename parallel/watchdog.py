@@ -21,8 +21,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from ringflash.parallel.streams import current_stream
 from ringflash.parallel.transport import Label, TransportError
+from ringflash.streams import current_stream
 
 
 @dataclass
@@ -53,7 +53,7 @@ GRACE_S = 10.0
 
 def reached() -> torch.cuda.Event:
     """An event on the current stream, to be recorded right before the wait that `watch` is told of."""
-    stream = current_stream()
+    stream = current_stream(torch.cuda.current_device())
     spare = _spare[stream.device_index]
     event = spare.popleft() if spare else torch.cuda.Event()
     event.record(stream)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ringflash import env
 from ringflash.merge import merge_torch_
+from ringflash.streams import current_handle
 
 ABI_VERSION = 1
 """Must equal ``RF_ABI_VERSION`` in ``csrc/api.h``."""
@@ -163,7 +164,7 @@ def _merge_cuda(out: Tensor, lse: Tensor, out_part: Tensor, lse_part: Tensor) ->
         out_part_dtype=DTYPES[out_part.dtype],
     )
     with torch.cuda.device(out.device):
-        stream = torch.cuda.current_stream(out.device).cuda_stream
+        stream = current_handle(out.device.index)
         check(lib, "rf_merge", lib.rf_merge(ctypes.byref(params), stream))
 
 

@@ -32,6 +32,7 @@ def pytest_configure(config: pytest.Config) -> None:
         "gpu: needs a CUDA device",
         "multigpu: needs at least two CUDA devices",
         "slow: minutes rather than seconds",
+        "alone: measures time; `make test` runs these when nothing else runs",
     ):
         config.addinivalue_line("markers", line)
     mine = getattr(config, "workerinput", None)

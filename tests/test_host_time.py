@@ -57,6 +57,7 @@ def tensors() -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
+@pytest.mark.alone
 def test_a_known_call_costs_a_few_times_what_torch_takes_for_a_function(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -72,6 +73,7 @@ def test_a_known_call_costs_a_few_times_what_torch_takes_for_a_function(
     assert ours < 8 * least
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("schedule", ["ring", "allgather"])
 def test_the_loops_of_four_ranks(schedule: str, capsys: pytest.CaptureFixture[str]) -> None:
     """One of four ranks, all transfers free: 60 to 80 us, under 25 times an empty Function."""

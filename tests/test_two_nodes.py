@@ -1,6 +1,7 @@
 """Two nodes on one machine: network namespaces with two gloo ranks each, joined by a shaped link.
 
-Kernels sleep here instead of computing, so that the time of a pass is that of its schedule and not of the cores it shares.
+Kernels sleep here instead of computing, so that the time of a pass is that of its schedule and not of the cores it shares. Marked
+alone: nothing else should run on the machine meanwhile.
 """
 
 from __future__ import annotations
@@ -22,8 +23,11 @@ from ringflash import ContextParallel, Mask
 from ringflash.autograd import Job, backward_loop, forward_loop, take_turns
 from ringflash.kernels import Extras
 from ringflash.parallel.plan import Plan, Post, Schedule, row_bytes
+from ringflash.parallel.transport import Label, Message, Transport
 from ringflash.slices import Slices
 from ringflash.testing import Case, Idle, RankPool, objections_on_ranks, two_nodes
+
+pytestmark = pytest.mark.alone
 
 WORLD, NODE = 4, 2
 RATE = 160_000_000
@@ -70,12 +74,6 @@ def link_MBps(rank: int, nbytes: int, repeats: int) -> float:  # noqa: N802 (a u
     return statistics.median(readings)
 
 
-def usual(nodes: RankPool) -> float:
-    """The speed of the link, MB/s: the median of all that was measured of it. One reading is off by some per cent either way."""
-    SPEEDS.append(nodes.run(link_MBps, 2 << 20, 3)[0])
-    return statistics.median(SPEEDS)
-
-
 def together() -> float:
     """The time, once all ranks are here."""
     dist.barrier(group=GROUP)
@@ -108,15 +106,32 @@ class Sleeper(Idle):
         time.sleep(self.pair_s * slices.area())
 
 
+class Zeros(Transport):
+    """A transport that is there at once, with nothing."""
+
+    name = "zeros"
+
+    def post(self, label: Label, sends: Sequence[Message], receives: Sequence[Message]) -> Zeros:
+        for message in receives:
+            message.tensor.zero_()
+        return self
+
+    def wait(self) -> None:
+        return None
+
+
 @dataclass(frozen=True)
 class Pass:
-    """A rank's passes: seconds of the slowest rank in the fastest one; bytes that this rank sends over the shaped link."""
+    """A rank's passes: seconds of the slowest rank in the fastest one, and in one without transfers; bytes that this rank sends
+    over the shaped link, and how many of them are the last piece's gradients."""
 
     seconds: float
+    alone_s: float
     nbytes: int
+    last: int = 0
 
 
-def passes(rank: int, schedule: Schedule, backward: bool, compute_s: float, repeats: int, causal: bool = False) -> Pass:
+def passes(rank: int, schedule: Schedule, causal: bool, backward: bool, compute_s: float, repeats: int) -> Pass:
     cp = ContextParallel(GROUP, "zigzag" if causal else "contiguous", schedule, transport="p2p")
     mask = Mask.causal() if causal else Mask.full()
     plan = cp.plan(rank, mask, WORLD * ROWS, WORLD * ROWS, HEADS, HEADS)
@@ -129,17 +144,18 @@ def passes(rank: int, schedule: Schedule, backward: bool, compute_s: float, repe
         take_turns([backward_loop(job, saved, q, None) if backward else forward_loop(job, q, k, v, None)])
         return slowest(begin)
 
-    best = min(seconds(real) for _ in range(repeats))
+    best, alone = (min(seconds(job) for _ in range(repeats)) for job in (real, replace(real, transport=Zeros())))
     if not backward:
-        return Pass(best, crossing(plan, plan.posts) * HEADS // len(plan.shares) * 2 * HEAD_DIM * 4)
+        return Pass(best, alone, crossing(plan, plan.posts) * HEADS // len(plan.shares) * 2 * HEAD_DIM * 4)
     back = plan.backward(HEAD_DIM, HEAD_DIM, 4)
     row = row_bytes(back, back.key.travels, HEAD_DIM, HEAD_DIM, 4)
-    return Pass(best, (crossing(back, back.posts) * row.out + crossing(back, back.homes) * row.home) // len(plan.shares))
+    out, home = (n // len(plan.shares) for n in (crossing(back, back.posts) * row.out, crossing(back, back.homes) * row.home))
+    return Pass(best, alone, out + home, home // schedule.pieces if schedule.pieces else 0)
 
 
-def busier(found: Sequence[Pass]) -> int:
-    """Bytes that cross the link, from the node that sends more."""
-    return max(sum(one.nbytes for one in found[:NODE]), sum(one.nbytes for one in found[NODE:]))
+def busier(sent: Sequence[int]) -> int:
+    """Bytes that cross the link one way, from the node that sends more; given those of each rank."""
+    return max(sum(sent[:NODE]), sum(sent[NODE:]))
 
 
 def crossing(plan: Plan, slots: tuple[tuple[Post, ...], ...]) -> int:
@@ -150,55 +166,53 @@ def crossing(plan: Plan, slots: tuple[tuple[Post, ...], ...]) -> int:
 
 
 DOUBLE, FINE = (Schedule("double_ring", inner=NODE, pieces=pieces) for pieces in (4, 8))
-"""The second as for the backward pass of a long sequence."""
+"""The second as for the backward pass of a long sequence. Causal, in a zigzag, queries of one node see most of the other's keys,
+but not the other way round: of what crosses each way, more is chunks in one direction and gradients in the other."""
 HYBRID = Schedule("ring", ulysses=NODE, pieces=4, local_last=1)
 """Heads are traded inside a node, and a ring goes around the nodes."""
 
-ATTEMPTS = 12
-SPEEDS: list[float] = []
+ATTEMPTS, LEAD = 8, 2
 
 
-NEAR = 1.2
-"""On a machine that does nothing else passes take 1.02 to 1.09 of the bound. Another busy process, a worker of these tests say,
-makes that 1.11 to 1.19."""
-LINK, COMPUTING = 0.04, 0.8
-"""Seconds of kernels: a pass is bound by the link, or by computing."""
-
-
-@pytest.mark.parametrize(
-    ("schedule", "causal", "compute_s"),
-    [
-        pytest.param(DOUBLE, False, LINK, id="double ring, bound by the link"),
-        pytest.param(FINE, True, LINK, id="double ring, causal, bound by the link"),
-        pytest.param(FINE, True, COMPUTING, id="double ring, causal, bound by computing"),
-        pytest.param(HYBRID, False, LINK, id="hybrid, bound by the link"),
-        pytest.param(HYBRID, False, COMPUTING, id="hybrid, bound by computing"),
-    ],
-)
+@pytest.mark.parametrize("compute_s", [0.04, 0.8], ids=["bound by the link", "bound by computing"])
 @pytest.mark.parametrize(
     ("backward", "travels"), [(False, "kv"), (True, "kv"), (True, "q")], ids=["forward", "backward", "turned"]
+)
+@pytest.mark.parametrize(
+    ("schedule", "causal"), [(DOUBLE, False), (FINE, True), (HYBRID, False)], ids=["double ring", "double ring, causal", "hybrid"]
 )
 def test_two_axes_take_as_long_as_the_slow_link_or_as_computing(
     nodes: RankPool, schedule: Schedule, causal: bool, backward: bool, travels: str, compute_s: float
 ) -> None:
-    """Near max(compute, bytes that cross the slow link / its speed); a ring moves twice as much over it.
+    """Within 10 % of max(compute, bytes that cross the slow link / its speed); a ring moves twice as much over it.
 
-    In one of a few attempts: whatever else runs on the machine makes passes slower, but nothing makes them faster than their
-    kernels sleep, or than the link lets through.
+    Causal, the last piece's gradients come on top: they cannot leave before it has come, which the other direction's greater part
+    delays, and both directions are full until then.
+
+    Once that is what the kernels sleep. But whatever else runs on the machine makes passes slower, also without transfers: so
+    most attempts need only be within 10 % of what the same passes take without these, in the same attempt. A schedule that is in
+    time in 30, 50 or 70 % of attempts passes in 16, 51 or 87 % of runs.
     """
-    found = []
+    reached, balance = False, 0
     for _ in range(ATTEMPTS):
-        speed = usual(nodes)
-        ours = nodes.run(passes, replace(schedule, travels=travels), backward, compute_s, 2, causal)
-        nbytes, link_s = busier(ours), busier(ours) / speed / 1e6
-        found.append(ours[0].seconds / max(compute_s, link_s))
-        if found[-1] < NEAR:
-            break
-    else:
-        pytest.fail(f"{', '.join(f'{x:.2f}' for x in found)} times the bound; the link takes {link_s:.3f} s at {speed:.1f} MB/s")
-    if link_s > compute_s:
-        plain = nodes.run(passes, Schedule("ring", travels=travels), backward, compute_s, 1, causal)
-        assert busier(plain) == 2 * nbytes and plain[0].seconds > 1.5 * ours[0].seconds
+        speed = nodes.run(link_MBps, 2 << 20, 3)[0]
+        found = nodes.run(passes, replace(schedule, travels=travels), causal, backward, compute_s, 2)
+        nbytes, took, alone_s = busier([one.nbytes for one in found]), found[0].seconds, found[0].alone_s
+        link_s, ring_s = nbytes / speed / 1e6, float("inf")
+        if causal:
+            link_s += busier([one.last for one in found]) / speed / 1e6
+        if link_s > compute_s:
+            plain = nodes.run(passes, Schedule("ring", travels=travels), causal, backward, compute_s, 1)
+            assert busier([one.nbytes for one in plain]) == 2 * nbytes
+            ring_s = plain[0].seconds
+        reached |= took < min(1.1 * max(compute_s, link_s), ring_s / 1.5)
+        balance += 1 if took < min(1.1 * max(alone_s, link_s), ring_s / 1.5) else -1
+        if reached and balance >= LEAD:
+            return
+    pytest.fail(
+        f"{'once' if reached else 'never'} near the bound in {ATTEMPTS} attempts, {balance} more in time than late; the last: "
+        f"{took:.3f} s, link {link_s:.3f} s at {speed:.1f} MB/s, without transfers {alone_s:.3f} s, a ring {ring_s:.3f} s"
+    )
 
 
 def test_results_are_those_of_one_device(nodes: RankPool) -> None:

@@ -46,10 +46,10 @@ from torch import Tensor
 
 from ringflash.parallel import trace
 from ringflash.parallel.plan import Plan
-from ringflash.parallel.streams import current_stream
 from ringflash.parallel.transport import Label, Message, Pending, Transport, itinerary
 from ringflash.parallel.transport.p2p import P2P
 from ringflash.parallel.watchdog import reached, watch
+from ringflash.streams import current_stream
 
 BUFFERS = 2
 TOGETHER_BYTES = 4 << 20

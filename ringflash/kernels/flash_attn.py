@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, ClassVar
@@ -55,7 +56,7 @@ def _parameters(function: Callable[..., Any]) -> frozenset[str]:
     return frozenset(inspect.signature(getattr(function, "_init_fn", function)).parameters)
 
 
-class Generation:
+class Generation(ABC):
     """One flash-attn library: what all of them share."""
 
     number: ClassVar[int]
@@ -74,9 +75,9 @@ class Generation:
         self._module = module
 
     @staticmethod
+    @abstractmethod
     def runs_on(capability: tuple[int, int]) -> bool:
         """Whether the library has kernels for this compute capability."""
-        raise NotImplementedError
 
     def refuses(self, problem: Problem) -> str | None:
         """What this generation cannot do beyond what none can."""
@@ -87,13 +88,15 @@ class Generation:
     ) -> Sequence[Slice | Pack]:
         return launches(slices)
 
+    @abstractmethod
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> State:
-        raise NotImplementedError
+        """As of `windowed.Library`."""
 
+    @abstractmethod
     def backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, lse: Tensor, delta: Tensor | None, call: Call
     ) -> tuple[Tensor, Tensor, Tensor]:
-        raise NotImplementedError
+        """As of `windowed.Library`."""
 
 
 def _sequences(call: Call) -> dict[str, Any]:

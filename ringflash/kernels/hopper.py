@@ -15,6 +15,7 @@ from torch import Tensor
 from ringflash import ops
 from ringflash.kernels import Extras, hopper_backward, streams, tiles
 from ringflash.slices import Slices
+from ringflash.streams import current_handle
 
 if TYPE_CHECKING:
     from ringflash.kernels import Problem, Settle, State
@@ -280,7 +281,7 @@ class HopperKernel:
     def _launch(self, call: _Call, q: Tensor, *others: Tensor) -> None:
         lib = _library()
         assert lib is not None
-        stream = streams.current_stream(q.device)
+        stream = current_handle(q.device.index)
         addresses = (x.data_ptr() for x in (q, *others))
         pointers = _POINTERS.pack(*addresses, *call.addresses, streams.counters(q.device, stream, 2).data_ptr())
         ops.check(lib, "rf_hopper_forward", lib.rf_hopper_forward(pointers + call.rest, stream))

@@ -15,6 +15,7 @@ from ringflash import ops
 from ringflash.kernels import streams
 from ringflash.kernels.tiles_backward import MAX_SLOTS, Shape, WorkList, work_list
 from ringflash.slices import Slices
+from ringflash.streams import current_handle
 
 if TYPE_CHECKING:
     from ringflash.kernels import Problem
@@ -185,7 +186,7 @@ def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
     lib = _library()
     assert lib is not None
     params = _ROUND.pack(x.data_ptr(), result.data_ptr(), x.numel(), ops.DTYPES[dtype], 0)
-    ops.check(lib, "rf_round", lib.rf_round(params, streams.current_stream(x.device)))
+    ops.check(lib, "rf_round", lib.rf_round(params, current_handle(x.device.index)))
     return result
 
 
@@ -292,7 +293,7 @@ def _launch(
     ways = 2 if work.pairs else 1
     turns = torch.zeros(B * H * -(-Sq // rows) * ways, dtype=torch.int32, device=q.device) if order else None
     portions = torch.empty(work.slots * ways * portion, dtype=torch.float32, device=q.device) if work.slots else None
-    stream = streams.current_stream(q.device)
+    stream = current_handle(q.device.index)
     counters = streams.counters(q.device, stream, 1 + 2 * MAX_SLOTS).data_ptr()  # of items taken, and of portions done
     pointers = _POINTERS.pack(
         dout.data_ptr(),
@@ -399,7 +400,7 @@ def _delta(dout: Tensor, out: Tensor, dlse: Tensor | None, zeros: Tensor | None 
         0 if zeros is None else zeros.nbytes // 16,
     )
     with torch.cuda.device(out.device):
-        ops.check(lib, "rf_delta", lib.rf_delta(params, streams.current_stream(out.device)))
+        ops.check(lib, "rf_delta", lib.rf_delta(params, current_handle(out.device.index)))
     return result
 
 

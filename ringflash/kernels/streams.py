@@ -1,4 +1,4 @@
-"""What a launch of our CUDA kernels needs to know of its device: multiprocessors, the current stream, work counters."""
+"""What a launch of our CUDA kernels needs to know of its device: multiprocessors, work counters."""
 
 from __future__ import annotations
 
@@ -11,16 +11,6 @@ from torch import Tensor
 @cache
 def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def current_stream(device: torch.device) -> int:
-    """The current stream's handle; ten times cheaper than asking for the object around it."""
-    if _raw_stream is not None:
-        return int(_raw_stream(device.index))
-    return int(torch.cuda.current_stream(device).cuda_stream)
-
-
-_raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 
 @cache

@@ -6,6 +6,7 @@ library insists on computing itself. A `Library` adds its own signatures.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -229,11 +230,12 @@ def _calls(
         yield at, replace(call, left=left, right=right, sequences=at.sequences, repeated=repeated)
 
 
-class WindowedKernel:
+class WindowedKernel(ABC):
     """A backend on libraries of the family; name, refusals and the library are for it to say."""
 
+    @abstractmethod
     def library_for(self, q: Tensor) -> Library:
-        raise NotImplementedError
+        """What computes on q's device."""
 
     def forward(
         self,
