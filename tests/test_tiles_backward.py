@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from ringflash.kernels import tiles_backward
-from ringflash.kernels.tiles_backward import FAR, Shape, WorkList, work_list
+from ringflash.kernels.tiles_backward import FAR, IDLE, Shape, WorkList, work_list
 from ringflash.slices import UNBOUNDED, Slices
 
 ROWS, KEYS = 64, 128
@@ -65,16 +65,18 @@ def covered(work: WorkList, shape: Shape) -> np.ndarray:
             for m in range(begin, end):
                 query = np.arange(m * shape.rows, (m + 1) * shape.rows)[:, None]
                 seen = np.zeros((shape.rows, shape.keys), dtype=int)
-                if bands & 0xFFFF == 0:
+                if bands % IDLE == 0:
                     assert key.max() < shape.k_len, "keys past the end are masked"
                     seen += 1
                 users = np.zeros(shape.keys, dtype=int)
-                for r0, r1, c0, c1, lo, hi, *_ in work.bands[band_begin : band_begin + (bands & 0xFFFF)].tolist():
+                for r0, r1, c0, c1, lo, hi, *_ in work.bands[band_begin : band_begin + bands % IDLE].tolist():
                     users += ((key >= r0) & (key < r1))[0]
                     seen += (key >= r0) & (key < r1) & (query >= c0) & (query < c1) & (query - key >= lo) & (query - key <= hi)
                 assert users.max(initial=0) <= 1, "bands of one pass share no key: one interval per key"
                 inside = seen[: shape.q_len - m * shape.rows, : shape.k_len - first_key]
                 assert inside.any(), "no step is empty"
+                for half, sees in enumerate(np.split(seen.any(axis=0), 2)):
+                    assert bool(bands & IDLE << half) == (shape.halves and not sees.any()), "halves that see nothing are told"
                 where = np.s_[
                     batch, head_begin:head_end, m * shape.rows : (m + 1) * shape.rows, first_key : first_key + shape.keys
                 ]
@@ -84,13 +86,15 @@ def covered(work: WorkList, shape: Shape) -> np.ndarray:
 
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize(("heads", "kv_heads", "batch", "ctas"), [(1, 1, 1, 4), (4, 1, 2, 3), (6, 2, 1, 132)])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "batch", "ctas", "halves"), [(1, 1, 1, 4, True), (4, 1, 2, 3, False), (6, 2, 1, 132, True)]
+)
 def test_every_visible_pair_is_computed_once(
-    name: str, deterministic: bool, heads: int, kv_heads: int, batch: int, ctas: int
+    name: str, deterministic: bool, heads: int, kv_heads: int, batch: int, ctas: int, halves: bool
 ) -> None:
     rows = CASES[name]
     q_len, k_len = max((r[1] for r in rows), default=10), max((r[3] for r in rows), default=10)
-    shape = Shape(q_len, k_len, batch, heads, kv_heads, 128, ROWS, KEYS, ctas)
+    shape = Shape(q_len, k_len, batch, heads, kv_heads, 128, ROWS, KEYS, ctas, halves=halves)
     work = work_list(Slices.from_rows(rows), shape, deterministic=deterministic)
     expected = np.broadcast_to(visible(rows, q_len, k_len), (batch, heads, q_len, k_len))
     np.testing.assert_array_equal(covered(work, shape), expected)
@@ -100,14 +104,15 @@ def test_every_visible_pair_is_computed_once(
 @pytest.mark.parametrize("name", CASES)
 def test_pairs_compute_every_visible_pair_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiles_backward, "PAIR_STEP", 0.0)
-    monkeypatch.setattr(tiles_backward, "PAIR_COST", -10.0)
+    monkeypatch.setattr(tiles_backward, "PAIR_COST", (-10.0, -10.0))
+    monkeypatch.setattr(tiles_backward, "PAIR_MASKED", 0.0)
     rows = CASES[name]
     q_len, k_len = max((r[1] for r in rows), default=10), max((r[3] for r in rows), default=10)
-    shape = Shape(q_len, k_len, 2, 4, 2, 128, ROWS, KEYS, 5, pairs=True)
+    shape = Shape(q_len, k_len, 2, 4, 2, 128, ROWS, KEYS, 5, pairs=True, halves=True)
     work = work_list.__wrapped__(Slices.from_rows(rows), shape)
     assert not rows or (work.pairs and work.keys == 2 * KEYS)
     expected = np.broadcast_to(visible(rows, q_len, k_len), (2, 4, q_len, k_len))
-    np.testing.assert_array_equal(covered(work, replace(shape, keys=work.keys)), expected)
+    np.testing.assert_array_equal(covered(work, replace(shape, keys=work.keys, halves=False)), expected)
 
 
 def test_pairs_take_long_sequences() -> None:
@@ -182,7 +187,8 @@ def test_turns_number_the_visits_and_nobody_waits_for_ever(
 ) -> None:
     if pairs:
         monkeypatch.setattr(tiles_backward, "PAIR_STEP", 0.1)
-        monkeypatch.setattr(tiles_backward, "PAIR_COST", -2.0)
+        monkeypatch.setattr(tiles_backward, "PAIR_COST", (-2.0, -2.0))
+        monkeypatch.setattr(tiles_backward, "PAIR_MASKED", 0.0)
     monkeypatch.setattr(
         tiles_backward, "work_list", tiles_backward.work_list.__wrapped__
     )  # lists of other tests are of other costs

@@ -25,6 +25,10 @@ __device__ __forceinline__ void mbarrier_init_fence() { asm volatile("fence.mbar
 __device__ __forceinline__ void mbarrier_arrive(uint64_t* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
+/// As many arrivals.
+__device__ __forceinline__ void mbarrier_arrive(uint64_t* barrier, int arrivals) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
+}
 /// Arrives if `really`: a predicated instruction, not a branch, so that ptxas still knows the loop around it to be uniform.
 __device__ __forceinline__ void mbarrier_arrive_if(bool really, uint64_t* barrier) {
   asm volatile(

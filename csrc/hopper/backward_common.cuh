@@ -54,11 +54,15 @@ struct Portion {
   __device__ __forceinline__ explicit Portion(int part) : slot(part & 0x1fff), index(part >> 13 & 0xff), count(part >> 21) {}
 };
 
+constexpr int kIdle = 1 << 14;  // << h: no key of half h of the tile is seen in this step; told to backward_narrow.cuh alone
+
 /// One step, as the producer tells it. 32 bytes.
 struct __align__(16) Step {
   int flags, first_row, head, batch;
   int first_key, kv_head, band_begin,
-      band_count;  // band_count: low half bands (0: nothing is masked), high half the pass over this tile
+      band_count;  // bands (0: nothing is masked) | kIdle of either half of the keys | the pass over this tile << 16
+
+  __device__ __forceinline__ int bands() const { return band_count & (kIdle - 1); }
 };
 /// A record is written again 8 steps later. All its readers are done: the producer tells a step when the queries of 4 steps
 /// before (3 in the wide kernel) are free, and whoever adds dQ is at most 3 steps behind those.
@@ -130,8 +134,9 @@ __device__ __forceinline__ void walk_items(const BackwardParams& p, Shared& s, i
   ptx::mbarrier_arrive(&s.step_told[i % kStepRing]);
 }
 
-/// The producer thread: walks the work list and copies the tiles of each step. Shared memory tiles are [panel][row][64]. Where
-/// s.k has two buffers, the keys of the next item arrive while this one is worked on.
+/// The producer thread: walks the work list and copies the tiles of each step. Shared memory tiles are [panel][row][64]. With
+/// Shared::kTrade an item's K goes where V of the item before was, its V where K was: V is free half a step before the item's
+/// end, K only when dQ's last product is done, so K comes early, and V is needed late.
 template <int Rows, int Keys, int Panels, int PanelsV, class Shared>
 __device__ __forceinline__ void produce_tiles(const BackwardParams& p, Shared& s, const CUtensorMap* q_map,
                                               const CUtensorMap* k_map, const CUtensorMap* v_map, const CUtensorMap* dout_map) {
@@ -149,13 +154,11 @@ __device__ __forceinline__ void produce_tiles(const BackwardParams& p, Shared& s
       ptx::tensor_load(s.q[stage] + c * Rows * 64, q_map, &s.q_full[stage], c * 64, step.first_row, step.head, step.batch,
                        ptx::kEvictLast);
     if (step.flags & kFirst) {
-      constexpr int kBuffers = sizeof(s.k) / sizeof(s.k[0]);
-      const int buffer = s.walk.items % kBuffers;
-      ptx::mbarrier_wait(&s.k_free[buffer], (s.walk.items / kBuffers & 1) ^ 1);
-      ptx::mbarrier_arrive_expect(&s.k_full[buffer], sizeof(s.k[0]));
+      ptx::mbarrier_wait(Shared::kTrade ? &s.v_free : &s.k_free, (s.walk.items & 1) ^ 1);
+      ptx::mbarrier_arrive_expect(&s.k_full, Panels * Keys * 128);
 #pragma unroll 1
       for (int c = 0; c < Panels; c++)
-        ptx::tensor_load(s.k[buffer] + c * Keys * 64, k_map, &s.k_full[buffer], c * 64, step.first_key, step.kv_head, step.batch,
+        ptx::tensor_load(s.k_of(s.walk.items) + c * Keys * 64, k_map, &s.k_full, c * 64, step.first_key, step.kv_head, step.batch,
                          ptx::kEvictFirst);
     }
     constexpr int kDoutStages = sizeof(s.dout) / sizeof(s.dout[0]);
@@ -167,11 +170,11 @@ __device__ __forceinline__ void produce_tiles(const BackwardParams& p, Shared& s
       ptx::tensor_load(s.dout[at] + c * Rows * 64, dout_map, &s.dout_full[at], c * 64, step.first_row, step.head, step.batch,
                        ptx::kEvictLast);
     if (step.flags & kFirst) {
-      ptx::mbarrier_wait(&s.v_free, (s.walk.items & 1) ^ 1);
-      ptx::mbarrier_arrive_expect(&s.v_full, sizeof(s.v));
+      ptx::mbarrier_wait(Shared::kTrade ? &s.k_free : &s.v_free, (s.walk.items & 1) ^ 1);
+      ptx::mbarrier_arrive_expect(&s.v_full, PanelsV * Keys * 128);
 #pragma unroll 1
       for (int c = 0; c < PanelsV; c++)
-        ptx::tensor_load(s.v + c * Keys * 64, v_map, &s.v_full, c * 64, step.first_key, step.kv_head, step.batch,
+        ptx::tensor_load(s.v_of(s.walk.items) + c * Keys * 64, v_map, &s.v_full, c * 64, step.first_key, step.kv_head, step.batch,
                          ptx::kEvictFirst);
     }
   });
@@ -231,13 +234,13 @@ __device__ __forceinline__ void produce_statistics(const BackwardParams& p, Shar
       to.negative_lse[r * 32 + lane] = a[r];
       to.negative_delta[r * 32 + lane] = c[r];
     }
-    if (step.band_count & 0xffff) {
+    if (step.bands()) {
 #pragma unroll 1
       for (int r = lane; r < Keys; r += 32) {
         const int key = step.first_key + r;
         Interval seen = Interval::of(0, 0);
 #pragma unroll 1
-        for (int j = 0; j < (step.band_count & 0xffff); j++) {  // bands of one pass share no key
+        for (int j = 0; j < (step.bands()); j++) {  // bands of one pass share no key
           const int4 x = __ldg(p.bands + 2 * (step.band_begin + j)), y = __ldg(p.bands + 2 * (step.band_begin + j) + 1);
           if (key >= x.x && key < x.y) seen = band_interval(key, x.z, x.w, y.x, y.y, step.first_row, Rows);
         }
@@ -313,6 +316,18 @@ __device__ __forceinline__ void fill_box(uint32_t box, const float (&d)[N], int 
                                                             (((2 * j + (lane % 4) / 2) ^ (row % 8)) << 4) + (lane & 1) * 8),
                    "f"(d[(first / 8 + j) * 4 + 2 * r]), "f"(d[(first / 8 + j) * 4 + 2 * r + 1])
                    : "memory");
+}
+/// Columns from `first` on, 64 at most, of this warp's 16 rows of a 64 x 2N accumulator, into a box of 64 rows of 64 2-byte
+/// elements, swizzled as the tensor maps are.
+template <class T, int N>
+__device__ __forceinline__ void fill_panel(uint16_t* box, const float (&d)[N], int first, int warp, int lane) {
+  const uint32_t row = ptx::shared_address(box) + (warp * 16 + (lane & 15)) * 128;
+#pragma unroll
+  for (int j = 0; j < 8 && first / 8 + j < N / 4; j += 2) {
+    const float* x = d + (first / 8 + j) * 4;
+    ptx::stmatrix_x4(row + (((j + (lane >> 4)) ^ (lane & 7)) << 4), ptx::pack<T>(x[0], x[1]), ptx::pack<T>(x[2], x[3]),
+                     ptx::pack<T>(x[4], x[5]), ptx::pack<T>(x[6], x[7]));
+  }
 }
 /// dk or dv of this lane's keys first_row and + 8 of a 64 x 2N accumulator: added to float32, or written as T.
 template <class T, int N>
@@ -472,10 +487,11 @@ template <class T, int Rows, int Keys, int Panels, bool Adder, class Shared>
 __device__ __forceinline__ void make_dq(const BackwardParams& p, Shared& s, const CUtensorMap* dq_map, int thread) {
   using Product = ptx::Wgmma<64, T, true, false>;
   constexpr int kParts = Panels * Rows / 64;
-  constexpr int kKBuffers = sizeof(s.k) / sizeof(s.k[0]), kStages = sizeof(s.ds) / sizeof(s.ds[0]);
+  constexpr int kStages = sizeof(s.ds) / sizeof(s.ds[0]);
   constexpr int kBuffers = sizeof(s.dq) / sizeof(s.dq[0]);
   const int warp = thread / 32, lane = thread % 32, c0 = (lane % 4) * 2;
-  const uint32_t ds_low = ptx::descriptor_low(ptx::shared_address(s.ds)), k_low = ptx::descriptor_low(ptx::shared_address(s.k));
+  const uint32_t ds_low = ptx::descriptor_low(ptx::shared_address(s.ds)),
+                 k_low = ptx::descriptor_low(ptx::shared_address(s.k_of(0)));
   // This lane holds d = 16 warp + lane / 4 (+ 8) and queries 8 j + c0 (+ 1): 4-byte stores, one box row (32 d) per query, chunk
   // ^= query % 8: free of bank conflicts.
   const uint32_t box = ptx::shared_address(s.dq) + (warp >> 1) * 64 * 128 + c0 * 128 +
@@ -488,8 +504,8 @@ __device__ __forceinline__ void make_dq(const BackwardParams& p, Shared& s, cons
     const int flags = step.flags;
     if (flags & kStop) break;
     const int row = step.first_row, head = step.head, batch = step.batch;
-    if (flags & kFirst) items++, ptx::mbarrier_wait(&s.k_full[items % kKBuffers], (items / kKBuffers) & 1);
-    const uint32_t k_now = k_low + items % kKBuffers * (sizeof(s.k[0]) / 16);
+    if (flags & kFirst) items++, ptx::mbarrier_wait(&s.k_full, items & 1);
+    const uint32_t k_now = k_low + (Shared::kTrade ? items & 1 : 0) * (Keys * Panels * 128 / 16);
     const int stage = i % kStages;
     const uint32_t b = ds_low + stage * (sizeof(s.ds[0]) / 16);
     ptx::mbarrier_wait(&s.ds_full[stage], (i / kStages) & 1);
@@ -513,7 +529,7 @@ __device__ __forceinline__ void make_dq(const BackwardParams& p, Shared& s, cons
       ptx::pin(x);
       if (part == kParts - 1 && lane == 0) {
         ptx::mbarrier_arrive(&s.ds_free[stage]);
-        if (flags & kLast) ptx::mbarrier_arrive(&s.k_free[items % kKBuffers]);
+        if (flags & kLast) ptx::mbarrier_arrive(&s.k_free);
       }
 #pragma unroll
       for (int j = 0; j < 8; j++)

@@ -16,7 +16,7 @@ namespace ringflash {
 
 template <class Tile>
 struct __align__(1024) WideShared {
-  uint16_t k[1][64 * Tile::kHeadDim];  // [panel][key][64], 128-byte swizzle; so are all below
+  uint16_t k[64 * Tile::kHeadDim];  // [panel][key][64], 128-byte swizzle; so are all below
   uint16_t v[64 * Tile::kHeadDimV];
   uint16_t q[2][64 * Tile::kHeadDim];  // [stage][panel][query][64]
   uint16_t dout[Tile::kDoutStages][64 * Tile::kHeadDimV];
@@ -26,10 +26,14 @@ struct __align__(1024) WideShared {
   Statistics<64, 64> statistics[2];
   Step steps[kStepRing];
   Walk walk;
-  uint64_t k_full[1], k_free[1], v_full, v_free;
+  uint64_t k_full, k_free, v_full, v_free;
   uint64_t q_full[2], q_free[2], dout_full[2], dout_free[2], p_full[2], p_free[2], ds_full[2], ds_free[2];
   uint64_t step_told[kStepRing];
   Boxes<2> boxes;
+
+  static constexpr bool kTrade = false;
+  __device__ __forceinline__ uint16_t* k_of(int) { return k; }
+  __device__ __forceinline__ uint16_t* v_of(int) { return v; }
 };
 
 /// r[0 .. 3]: what stmatrix_x4_trans stored at the same address.
@@ -56,8 +60,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   Shared& s = *reinterpret_cast<Shared*>(raw);
   const int warpgroup = threadIdx.x / 128, thread = threadIdx.x % 128, lane = thread % 32;
   if (threadIdx.x == 0) {
-    ptx::mbarrier_init(s.k_full, 1), ptx::mbarrier_init(&s.v_full, 1);
-    ptx::mbarrier_init(s.k_free, 8), ptx::mbarrier_init(&s.v_free, 4);  // one arrival per warp; q_free: every lane
+    ptx::mbarrier_init(&s.k_full, 1), ptx::mbarrier_init(&s.v_full, 1);
+    ptx::mbarrier_init(&s.k_free, 8), ptx::mbarrier_init(&s.v_free, 4);  // one arrival per warp; q_free: every lane
     for (int i = 0; i < 2; i++) {
       ptx::mbarrier_init(&s.q_full[i], 33), ptx::mbarrier_init(&s.dout_full[i], 1);
       ptx::mbarrier_init(&s.q_free[i], 256), ptx::mbarrier_init(&s.dout_free[i], 8);
@@ -138,7 +142,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       int flags = uniform(s.steps[first].flags), bands = uniform(s.steps[first].band_count) & 0xffff;
       if (flags & kStop) break;
       const int first_key = s.steps[first].first_key, kv_head = s.steps[first].kv_head, batch = s.steps[first].batch;
-      ptx::mbarrier_wait(s.k_full, items & 1);
+      ptx::mbarrier_wait(&s.k_full, items & 1);
       ptx::mbarrier_wait(&s.q_full[i & 1], (i >> 1) & 1);
       ptx::wgmma_fence();
       issue_scores(i & 1);
@@ -206,7 +210,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       ptx::mbarrier_arrive(&s.q_free[(i - 1) & 1]);
       if (lane == 0) {
         ptx::mbarrier_arrive(&s.ds_free[(i - 1) & 1]);
-        ptx::mbarrier_arrive(s.k_free);
+        ptx::mbarrier_arrive(&s.k_free);
       }
       items++;
       finish_gradient<T>(p.dv, p.store, batch * p.dv_batch_stride + kv_head * p.dv_head_stride, p.dv_seq_stride,

@@ -222,7 +222,8 @@ def _work_of(
     B, Sq, H, D = q_shape
     ctas = max(1, streams.multiprocessors(device) - sm_margin)
     rows, keys, pairs, portion = _tile(D, head_dim_v)
-    shape = Shape(Sq, k_shape[1], B, H, k_shape[2], D, rows, keys, ctas, pairs, portion > 0)
+    narrow = portion > 0  # backward_narrow.cuh
+    shape = Shape(Sq, k_shape[1], B, H, k_shape[2], D, rows, keys, ctas, pairs, portions=narrow, halves=narrow)
     return work_list(slices, shape, deterministic=deterministic, write=write)
 
 

@@ -22,7 +22,7 @@ from ringflash.slices import IntArray, Slices
 Int32Array = npt.NDArray[np.int32]
 FloatArray = npt.NDArray[np.float64]
 
-WRITE_COST, ADD_COST = 1.0, 4.0
+WRITE_COST, ADD_COST = 2.0, 4.0
 """What an item costs besides its steps, in steps: writing dk and dv, or adding them to float32 tensors (that someone zeroes and
 converts)."""
 PORTION_COST = 2.0
@@ -42,15 +42,22 @@ GROUP_BYTES = {64: 8 << 20, 256: 32 << 20}
 an H200 with 8 and 32 MB, TFLOP/s: D 64 at 4k tokens 500, 429 full and 468, 435 causal; D 128 at 8k 572, 566 and 552, 570."""
 TURNS_GROUP_BYTES = 32 << 20
 """The same for deterministic lists: tiles of one head wait for each other, more heads at once less (D 64: 5 to 16 % faster)."""
-PAIR_STEP, PAIR_COST = 0.92, 1.0
-"""What a pair of CTAs takes for a step of twice the keys, and more for an item (its keys are loaded late), in steps of a CTA
-alone. Measured at D 128, adding, full and causal: pairs ahead by 6 and 1 % at 1k tokens, 0 and -3 % at 2k, 9 and 8 % at 4k, 13
-and 11 % at 16k; writing, whole pass: 0 and -6 % at 1k, 1 and -4 % at 2k."""
+PAIR_STEP, PAIR_MASKED = 0.945, 0.7
+"""What a pair of CTAs takes for a step of twice the keys, in steps of a CTA alone; and how much longer if it is masked, but for
+deterministic mode, where that was not seen."""
+PAIR_COST = (0.5, 2.2)
+"""What an item of a pair costs more, in steps, adding and writing: its K comes late, and its dk and dv leave by way of registers.
+Measured at D 128, time alone over that in pairs, full and causal. Writing, whole pass: 1k .96 and .93, 2k .98 and .95, 4k 1.03
+and .94, 8k 1.01 and .95, 16k 1.05 and 1.00, 8k of 32 heads over 8 causal .98, window 4,096 .96. Adding, the kernel: 1.06 and .98,
+1.01 and .99, 1.04 and .99, 1.02 and 1.01, 1.03 and 1.00, .98, 1.00."""
 TURNS_STEP = 1.08
-"""What a CTA alone takes for a step in deterministic mode; a pair needs half the turns. Pairs were ahead there by 16 and 9 % at
-1k tokens, 4 and 8 % at 2k (whole pass: 6 and -6, 4 and 2 %)."""
+"""What a CTA alone takes for a step in deterministic mode; a pair needs half the turns. Measured as above, writing: 1k 1.00 and
+.96, 2k causal .94, 4k 1.12 and 1.02, 8k 1.10 and 1.08, 16k 1.12 and 1.09. Adding: 1.12 at 1k full, 1.06 at 2k causal, 1.07 to
+1.12 for longer ones."""
 SIMULATED_ITEMS = 8192
 """How much of the end of a list its duration is simulated for."""
+IDLE = 1 << 14
+"""Of a run's last word, ``kIdle`` of csrc/hopper/backward_common.cuh. A tile of keys has fewer bands."""
 FAR = 1 << 29
 """Beyond every buffer index; twice this still fits an int32."""
 
@@ -60,7 +67,8 @@ class Shape:
     """What the list depends on besides the Slices.
 
     rows, keys: the kernel's tile. ctas: how many work at the same time. pairs: two of them may share an item of twice the keys.
-    portions: dk and dv of a divided item can be summed by the kernel.
+    portions: dk and dv of a divided item can be summed by the kernel. halves: it leaves a half of a tile's keys out of steps that
+    are told not to see it.
     """
 
     q_len: int
@@ -74,6 +82,7 @@ class Shape:
     ctas: int
     pairs: bool = False
     portions: bool = False
+    halves: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +92,8 @@ class WorkList:
     items: (n, 8): runs [begin, end), first key, batch; KV head, query heads [begin, end) of the tensor, part.
     part: 0; or, of a list that writes or a deterministic one, slot | index << 13 | count << 21: one of `count` portions of a
     tile of keys, whose partial results are slots slot .. slot + count - 1.
-    runs: (n, 4): query tiles [begin, end), first band, bands (0: all visible) | passes before this one << 16.
+    runs: (n, 4): query tiles [begin, end), first band, bands (0: all visible) | IDLE << h if half h of the keys sees nothing |
+    passes before this one << 16.
     bands: (n, 8): keys [r0, r1) are seen by queries [c0, c1) where lo <= query - key <= hi; those of one run share no key.
     visit_offsets, visits: deterministic lists only. Query tile m is visited by the key tiles of the intervals
     visits[visit_offsets[m] : visit_offsets[m + 1]], once per interval that holds them.
@@ -136,13 +146,17 @@ def _work_list(slices: Slices, shape: Shape, deterministic: bool, write: bool) -
     tile, begin, end, band_begin, band_count, bands = _runs_of(table, shape)
     if deterministic:
         tile, begin, end, band_begin, band_count = _number_passes(tile, begin, end, band_begin, band_count)
+    if shape.halves and not shape.pairs:
+        tile, begin, end, band_begin, band_count = _mark_idle(tile, begin, end, band_begin, band_count, bands, shape)
     order = np.lexsort((begin, band_count >> 16, tile))
     tile, begin, end, band_begin, band_count = (x[order] for x in (tile, begin, end, band_begin, band_count))
     runs = np.stack([begin, end, band_begin, band_count], axis=1)
     each = WRITE_COST if write else ADD_COST
     step = TURNS_STEP if deterministic else 1.0
     if shape.pairs:
-        each, step = each + PAIR_COST, PAIR_STEP
+        each, step = each + PAIR_COST[write], PAIR_STEP
+        if not deterministic and len(tile):
+            step += PAIR_MASKED * float(np.average(band_count % IDLE > 0, weights=end - begin))
     undivided, steps, cost = _items(tile, runs, shape, last_first=deterministic)
     best, slots, duration = (undivided, runs), 0, _duration(cost * step + each, shape.ctas)
     numbered = write or deterministic
@@ -342,6 +356,39 @@ def _number_passes(
         np.concatenate([end[full], m[b] + 1]),
         np.concatenate([band_begin[full], band_begin[r]]),
         np.concatenate([band_count[full], band_count[r] | number[a] << 16]),
+    )
+
+
+def _mark_idle(
+    tile: IntArray, begin: IntArray, end: IntArray, band_begin: IntArray, band_count: IntArray, bands: IntArray, shape: Shape
+) -> tuple[IntArray, IntArray, IntArray, IntArray, IntArray]:
+    """Runs in all of whose query tiles each half of the keys sees something or, then marked IDLE, nothing.
+
+    At the diagonal of a causal mask, and at a window's other end, that is half a step of every item.
+    """
+    masked = np.flatnonzero(band_count % IDLE > 0)
+    m, i = tiles._ranges(begin[masked], end[masked])
+    run = masked[i]
+    band, at = tiles._ranges(band_begin[run], band_begin[run] + band_count[run] % IDLE)
+    r0, r1, c0, c1, lo, hi = bands[band, :6].T
+    q0, q1 = np.maximum(c0, m[at] * shape.rows), np.minimum(c1, (m[at] + 1) * shape.rows)
+    idle = np.zeros(len(m), dtype=np.int64)
+    for half in range(2):
+        first = tile[run[at]] * shape.keys + half * shape.keys // 2
+        k0, k1 = np.maximum(r0, first), np.minimum(r1, first + shape.keys // 2)
+        seen = (k0 < k1) & (q0 < q1) & (q1 - 1 - k0 >= lo) & (q0 - (k1 - 1) <= hi)
+        idle += np.where(np.bincount(at, seen, len(m)) > 0, 0, IDLE << half)
+    new = np.ones(len(m), dtype=bool)
+    new[1:] = (run[1:] != run[:-1]) | (idle[1:] != idle[:-1])
+    a = np.flatnonzero(new)
+    b = np.append(a[1:], len(m)) - 1 if len(a) else a
+    full = np.flatnonzero(band_count % IDLE == 0)
+    return (
+        np.concatenate([tile[full], tile[run[a]]]),
+        np.concatenate([begin[full], m[a]]),
+        np.concatenate([end[full], m[b] + 1]),
+        np.concatenate([band_begin[full], band_begin[run[a]]]),
+        np.concatenate([band_count[full], band_count[run[a]] | idle[a]]),
     )
 
 

@@ -43,7 +43,8 @@ DIMS = [(128, 128), (64, 64), (96, 96), (192, 192), (256, 256), (192, 128)]
 def pairs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[bool]:
     """Whether CTAs work in pairs, however short the sequence."""
     monkeypatch.setattr(tiles_backward, "PAIR_STEP", 0.1 if request.param else 100.0)
-    monkeypatch.setattr(tiles_backward, "PAIR_COST", -4.0 if request.param else 0.0)
+    monkeypatch.setattr(tiles_backward, "PAIR_COST", (-4.0, -4.0) if request.param else (0.0, 0.0))
+    monkeypatch.setattr(tiles_backward, "PAIR_MASKED", 0.0)
     hopper_backward.forget_lists()
     yield request.param
     hopper_backward.forget_lists()

@@ -103,7 +103,8 @@ def test_masks(case: BandCase, dims: tuple[int, int], deterministic: bool) -> No
 def pairs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """CTAs work in pairs wherever they can, however short the sequence."""
     monkeypatch.setattr(tiles_backward, "PAIR_STEP", 0.0)
-    monkeypatch.setattr(tiles_backward, "PAIR_COST", -10.0)
+    monkeypatch.setattr(tiles_backward, "PAIR_COST", (-10.0, -10.0))
+    monkeypatch.setattr(tiles_backward, "PAIR_MASKED", 0.0)
     hopper_backward.forget_lists()
     yield
     hopper_backward.forget_lists()
@@ -337,7 +338,8 @@ def test_portions_of_an_item_are_written_once(rows: Sequence[Row], dims: tuple[i
 @pytest.mark.parametrize("rows", [[(0, 2100, 0, 2000, -OPEN, OPEN)], causal(2100, 2000)], ids=["full", "causal"])
 def test_portions_of_pairs_are_written_once(rows: Sequence[Row], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiles_backward, "PAIR_STEP", 0.5)  # not 0: only what takes time is divided
-    monkeypatch.setattr(tiles_backward, "PAIR_COST", 0.0)
+    monkeypatch.setattr(tiles_backward, "PAIR_COST", (0.0, 0.0))
+    monkeypatch.setattr(tiles_backward, "PAIR_MASKED", 0.0)
     hopper_backward.forget_lists()
     case = BandCase("few items, GQA", 1, 2100, 2000, 8, 2, rows)
     assert in_pairs(case, inputs_of(case, torch.bfloat16, 128, 128), write=True)
