@@ -46,7 +46,8 @@ def flash_attn_4(causal: bool = True, window: int = 0, lengths: Sequence[int] = 
         return lambda q, k, v: _output(flash_attn_func(q, k, v, **options))
     ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device="cuda")
     options |= {"cu_seqlens_q": ends, "cu_seqlens_k": ends, "max_seqlen_q": max(lengths), "max_seqlen_k": max(lengths)}
-    return lambda q, k, v: _output(flash_attn_varlen_func(q[0], k[0], v[0], **options)).unsqueeze(0)
+    # Not q[0]: its backward fills a tensor of zeros and copies into it.
+    return lambda q, k, v: _output(flash_attn_varlen_func(q.squeeze(0), k.squeeze(0), v.squeeze(0), **options)).unsqueeze(0)
 
 
 def _output(result: Any) -> Tensor:
