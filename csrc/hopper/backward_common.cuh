@@ -504,7 +504,11 @@ __device__ __forceinline__ void make_dq(const BackwardParams& p, Shared& s, cons
     const int flags = step.flags;
     if (flags & kStop) break;
     const int row = step.first_row, head = step.head, batch = step.batch;
-    if (flags & kFirst) items++, ptx::mbarrier_wait(&s.k_full, items & 1);
+    if (flags & kFirst) {
+      items++;
+      ptx::mbarrier_wait(&s.k_full, items & 1);
+      if (Shared::kTrade && lane == 0) ptx::mbarrier_arrive(&s.v_free);  // else the next K could come before this one was seen
+    }
     const uint32_t k_now = k_low + (Shared::kTrade ? items & 1 : 0) * (Keys * Panels * 128 / 16);
     const int stage = i % kStages;
     const uint32_t b = ds_low + stage * (sizeof(s.ds[0]) / 16);

@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   const int warpgroup = threadIdx.x / 128, thread = threadIdx.x % 128, lane = thread % 32;
   if (threadIdx.x == 0) {
     ptx::mbarrier_init(&s.k_full, 1), ptx::mbarrier_init(&s.k_free, 12);  // one arrival per warp
-    ptx::mbarrier_init(&s.v_full, 1), ptx::mbarrier_init(&s.v_free, 8), ptx::mbarrier_init(&s.left, 8);
+    ptx::mbarrier_init(&s.v_full, 1), ptx::mbarrier_init(&s.v_free, 12), ptx::mbarrier_init(&s.left, 8);
     for (int i = 0; i < 2; i++) {
       ptx::mbarrier_init(&s.ds_full[i], 8), ptx::mbarrier_init(&s.ds_free[i], 4);
       ptx::mbarrier_init(&s.dout_full[i], 1), ptx::mbarrier_init(&s.dout_free[i], 8);
@@ -155,13 +155,11 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       if (lane == 0) ptx::mbarrier_arrive(&s.ds_full[stage]);
       ptx::mbarrier_wait(&s.q_full[q_stage], q_phase);
       ptx::mbarrier_wait(&s.dout_full[stage], phase);
+      if (end) ptx::mbarrier_wait(&s.k_full, items & 1), ptx::mbarrier_wait(&s.v_full, items & 1);
+      __syncwarp();  // lane 0 speaks for all
       if (!end || !kKeep || !p.store) ptx::mbarrier_arrive(&s.q_free[q_stage]);
       if (lane == 0 && (!end || !kKeep)) ptx::mbarrier_arrive(&s.dout_free[stage]);
-      if (end) {
-        ptx::mbarrier_wait(&s.k_full, items & 1);
-        ptx::mbarrier_wait(&s.v_full, items & 1);
-        if (lane == 0) ptx::mbarrier_arrive(&s.v_free);
-      }
+      if (lane == 0 && end) ptx::mbarrier_arrive(&s.v_free);
       i++;
       q_stage = q_stage + 1 < Tile::kQStages ? q_stage + 1 : 0;
       if (q_stage == 0) q_phase ^= 1;
