@@ -739,13 +739,26 @@ def _double_ring(
             far[-1] += [stage for block in blocks if any(block) for stage in block]
     n_far = max(len(stages) for stages in far)
     far = [stages + [[]] * (n_far - len(stages)) for stages in far]
-    # Blocks are posted at even distances, at most a chunk ahead of what is computed: the slow link is never idle for long. A
-    # block's gradients are complete with its last step, but for those that neighbours still send then.
-    begins = range(1, n_far + 1, inner) if returns else range(len(near[0]) + 1, len(near[0]) + n_far + 1, inner)
-    slots = [max(s - max(inner * n, 1), s * i // len(begins), 0) for i, s in enumerate(begins)]
+    n_near, n_blocks = len(near[0]), n_far // inner
+    # Backward, the steps on what neighbours own stand between the blocks: a slow link lets these come that far apart.
+    order = [] if returns and n_blocks else [(near, i) for i in range(n_near)]
+    begins = []
+    for block in range(n_blocks):
+        begins.append(len(order) + 1)
+        order += [(far, block * inner + i) for i in range(inner)]
+        if returns:
+            order += [(near, i) for i in range(n_near * block // n_blocks, n_near * (block + 1) // n_blocks)]
+    # Forward, blocks are posted at even distances, at most a chunk ahead of what is computed: the slow link is never idle for
+    # long. Backward two blocks ahead: what was posted earlier would go before gradients that are ready, and of a causal mask's
+    # chunks and gradients more go one way or the other, so that the link is only full with both under way.
+    if returns:
+        slots = [begins[i - 2] if i >= 2 else 0 for i in range(n_blocks)]
+    else:
+        slots = [max(s - max(inner * n, 1), s * i // n_blocks, 0) for i, s in enumerate(begins)]
+    # A block's gradients are complete with its last step, but for those that neighbours still send then.
     ways = {s: Way(slot, s + inner if inner > 1 else s, inner > 1) for s, slot in zip(begins, slots, strict=True)}
-    stages = [[*b, *a] if returns else [*a, *b] for a, b in zip(near, far, strict=True)]
-    return stages, [ways.get(s, Way(s - 1, s, False)) for s in range(1, len(near[0]) + n_far + 1)]
+    stages = [[of[rank][i] for of, i in order] for rank in everyone]
+    return stages, [ways.get(s, Way(s - 1, s, False)) for s in range(1, len(order) + 1)]
 
 
 @dataclass(frozen=True, eq=False)

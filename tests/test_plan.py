@@ -445,11 +445,13 @@ def test_slow_links_are_never_idle_in_a_forward_pass() -> None:
 
 
 def test_gradients_cross_slow_links_while_the_next_block_is_computed() -> None:
-    """In a backward pass far blocks come first, so that the last gradients cross while neighbours' chunks are computed."""
+    """In a backward pass neighbours' chunks are computed between far blocks, which are posted two blocks ahead."""
     plan = double_ring(DOUBLE, backward=True)
-    assert [step.chunks[0].owner for step in plan.steps] == [0, 4, 5, 4, 5, 2, 3, 2, 3, 1, 1]
+    assert [step.chunks[0].owner for step in plan.steps] == [0, 4, 5, 4, 5, 1, 2, 3, 2, 3, 1]
+    assert [n for n, far in enumerate(plan.far) if far] == [1, 3, 6, 8]
+    assert [slot for slot, posts in enumerate(plan.posts) for post in posts if plan.far[post.step]] == [0, 0, 1, 3]
     leaves = [(slot, plan.due(slot, post.step)) for slot, posts in enumerate(plan.homes) for post in posts if plan.far[post.step]]
-    assert leaves == [(3, 5), (5, 7), (7, 9), (9, 11)]
+    assert leaves == [(3, 5), (5, 7), (8, 10), (10, 12)]
 
 
 @pytest.mark.parametrize(("pieces", "blocks"), [(1, 1), (2, 1), (4, 2), (8, 4)])
