@@ -45,11 +45,11 @@ computed. Smaller pieces would only be more kernel calls."""
 BACKWARD_PIECE_ROWS, MOST_BACKWARD_PIECES = 4096, 8
 """The same for a backward pass, where a piece's gradients cannot leave before the piece has come: the link is idle meanwhile."""
 LATE = 1 / 2
-"""For so much of a chunk, in blocks of a double ring, nobody waits for gradients that cross slow links. The other side may have
-to wait for this one's pieces first, and kernels that wait for it hold up what it is waiting for. Causal, two nodes of two ranks,
-over the time that the bytes take on the slow link (gloo, sleeping kernels, a shaped link; 8 or 32 key heads): 4 pieces and one
-block 1.14, 1.19, two blocks 1.12, 1.16; 8 pieces and one block 1.15, 1.14, four blocks 1.06, 1.09. What has not arrived takes
-memory."""
+"""Nobody waits for gradients that cross slow links before as many steps are over as so much of a chunk takes in blocks of a
+double ring, near steps between them not counted. The other side may have to wait for this one's pieces first, and kernels that
+wait for it hold up what it is waiting for. Causal, two nodes of two ranks, over the time that the bytes take on the slow link
+(gloo, sleeping kernels, a shaped link; 8 or 32 key heads; all near steps last): 4 pieces and one block 1.14, 1.19, two blocks
+1.12, 1.16; 8 pieces and one block 1.15, 1.14, four blocks 1.06, 1.09. What has not arrived takes memory."""
 
 
 LOCAL_LAST = 8192
@@ -276,7 +276,7 @@ class PlanKey:
     """What travels: "kv" or, in a backward pass, "q"."""
     returns: bool = False
     """Whether gradients travel home. Then something is left to compute while the last of them do: a part of the local chunk,
-    and before it, in a double ring, what neighbours own, while gradients cross the slow links."""
+    and before it, in a double ring, the last of what neighbours own."""
 
     @property
     def world(self) -> int:
@@ -390,12 +390,12 @@ class Plan:
 
     def due(self, slot: int, step: int) -> int:
         """The slot at which gradients that arrive in a post of ``slot`` are added: the next one, but what crosses slow links
-        has some blocks' time."""
+        has the steps of some blocks."""
         return slot + (self.blocks_late * self.key.schedule.inner if self.far[step] else 1)
 
     @cached_property
     def blocks_late(self) -> int:
-        """Blocks of a double ring for which gradients over slow links are not waited for."""
+        """Blocks of a double ring in whose steps gradients over slow links are not waited for."""
         return max(int(LATE * _world(replace(self.key, rank=0)).parts), 1)
 
     @cached_property
@@ -751,7 +751,7 @@ def _double_ring(
     # Forward, blocks are posted at even distances, at most a chunk ahead of what is computed: the slow link is never idle for
     # long. Backward two blocks ahead: what was posted earlier would go before gradients that are ready, and of a causal mask's
     # chunks and gradients more go one way or the other, so that the link is only full with both under way.
-    if returns:
+    if returns and inner > 1:
         slots = [begins[i - 2] if i >= 2 else 0 for i in range(n_blocks)]
     else:
         slots = [max(s - max(inner * n, 1), s * i // n_blocks, 0) for i, s in enumerate(begins)]
