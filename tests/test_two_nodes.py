@@ -148,13 +148,12 @@ def passes(rank: int, schedule: Schedule, causal: bool, backward: bool, compute_
         return Pass(best, alone, crossing(plan, plan.posts) * HEADS // len(plan.shares) * 2 * HEAD_DIM * 4)
     back = plan.backward(HEAD_DIM, HEAD_DIM, 4)
     row = row_bytes(back, back.key.travels, HEAD_DIM, HEAD_DIM, 4)
-    out, home = (n // len(plan.shares) for n in (crossing(back, back.posts) * row.out, crossing(back, back.homes) * row.home))
-    return Pass(best, alone, out + home)
+    return Pass(best, alone, (crossing(back, back.posts) * row.out + crossing(back, back.homes) * row.home) // len(plan.shares))
 
 
-def busier(sent: Sequence[int]) -> int:
-    """Bytes that cross the link one way, from the node that sends more; given those of each rank."""
-    return max(sum(sent[:NODE]), sum(sent[NODE:]))
+def busier(found: Sequence[Pass]) -> int:
+    """Bytes that cross the link, from the node that sends more."""
+    return max(sum(one.nbytes for one in found[:NODE]), sum(one.nbytes for one in found[NODE:]))
 
 
 def crossing(plan: Plan, slots: tuple[tuple[Post, ...], ...]) -> int:
@@ -193,11 +192,11 @@ def test_two_axes_take_as_long_as_the_slow_link_or_as_computing(
     for _ in range(ATTEMPTS):
         speed = nodes.run(link_MBps, 2 << 20, 3)[0]
         found = nodes.run(passes, replace(schedule, travels=travels), causal, backward, compute_s, 2)
-        nbytes, took, alone_s = busier([one.nbytes for one in found]), found[0].seconds, found[0].alone_s
+        nbytes, took, alone_s = busier(found), found[0].seconds, found[0].alone_s
         link_s, ring_s = nbytes / speed / 1e6, float("inf")
         if link_s > compute_s:
             plain = nodes.run(passes, Schedule("ring", travels=travels), causal, backward, compute_s, 1)
-            assert busier([one.nbytes for one in plain]) == 2 * nbytes
+            assert busier(plain) == 2 * nbytes
             ring_s = plain[0].seconds
         reached |= took < min(1.1 * max(compute_s, link_s), ring_s / 1.5)
         balance += 1 if took < min(1.1 * max(alone_s, link_s), ring_s / 1.5) else -1

@@ -240,7 +240,7 @@ __device__ __forceinline__ void produce_statistics(const BackwardParams& p, Shar
         const int key = step.first_key + r;
         Interval seen = Interval::of(0, 0);
 #pragma unroll 1
-        for (int j = 0; j < (step.bands()); j++) {  // bands of one pass share no key
+        for (int j = 0; j < step.bands(); j++) {  // bands of one pass share no key
           const int4 x = __ldg(p.bands + 2 * (step.band_begin + j)), y = __ldg(p.bands + 2 * (step.band_begin + j) + 1);
           if (key >= x.x && key < x.y) seen = band_interval(key, x.z, x.w, y.x, y.y, step.first_row, Rows);
         }

@@ -50,10 +50,12 @@ int backward_arguments(const RfHopperBackwardParams& c, CUtensorMap (&maps)[7], 
           backward_map(&maps[3], type, c.dout, c.dout_strides, c.batch, c.q_len, c.heads, c.head_dim_v, Tile::kRows) &&
           backward_map(&maps[4], CU_TENSOR_MAP_DATA_TYPE_FLOAT32, c.dq, c.dq_strides, c.batch, c.q_len, c.heads, c.head_dim, 64),
       RF_ERROR_ALIGNMENT);
-  const CUtensorMapDataType result = c.store ? type : CU_TENSOR_MAP_DATA_TYPE_FLOAT32;
-  RF_REQUIRE(backward_map(&maps[5], result, c.dk, c.dk_strides, c.batch, c.k_len, c.kv_heads, c.head_dim, 64) &&
-                 backward_map(&maps[6], result, c.dv, c.dv_strides, c.batch, c.k_len, c.kv_heads, c.head_dim_v, 64),
-             RF_ERROR_ALIGNMENT);
+  if (!c.store || (Tile::kStoresBoxes && !c.pairs)) {  // else dk and dv are stored from registers
+    const CUtensorMapDataType result = c.store ? type : CU_TENSOR_MAP_DATA_TYPE_FLOAT32;
+    RF_REQUIRE(backward_map(&maps[5], result, c.dk, c.dk_strides, c.batch, c.k_len, c.kv_heads, c.head_dim, 64) &&
+                   backward_map(&maps[6], result, c.dv, c.dv_strides, c.batch, c.k_len, c.kv_heads, c.head_dim_v, 64),
+               RF_ERROR_ALIGNMENT);
+  }
   p.lse = c.lse, p.delta = c.delta, p.dq = c.dq, p.dk = c.dk, p.dv = c.dv;
   p.items = reinterpret_cast<const int4*>(c.items), p.runs = reinterpret_cast<const int4*>(c.runs);
   p.bands = reinterpret_cast<const int4*>(c.bands);

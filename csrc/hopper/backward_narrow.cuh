@@ -128,7 +128,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     int i = 0, items = 0, q_stage = 0, q_phase = 0;
     ptx::mbarrier_wait(&s.step_told[0], 0);
     int flags = s.steps[0].flags, bands = s.steps[0].band_count & 0xffff;
-    // Of bands: nothing is seen, which is left out. Not of float16, where ptxas lacks two registers for it.
+    // Of `bands`: this warpgroup's keys see nothing, and pass_by takes the step. Of float16 it does not: two registers too many.
     const int idle = std::is_same<T, __half>::value ? 0 : kIdle << w;
     constexpr int kBegin = kStop;  // of flags, here: the first step of a stretch that is not idle
     // In an item's first step: boxes of the item before lie where dS goes, and in tiles kept for them, which go back now.

@@ -14,6 +14,7 @@ struct NarrowTile {
       3;  // with two, the consumers could not work half a step apart (measured: D 64 loses 22 % of its time)
   static constexpr int kDqBuffers = HeadDim_ > 64 ? 3 : 2;  // of boxes; as shared memory allows
   static constexpr int kPortion = 2 * kKeys * HeadDim_;     // float32 values of dk and dv
+  static constexpr bool kStoresBoxes = true;                // dk and dv leave a CTA alone by the copy engine
   static constexpr bool kAdder = HeadDim_ > 64;             // a thread of its own has the boxes added, else one that makes them
   static constexpr int kThreads = 512;
   static constexpr int kConsumerRegisters = 208, kDqRegisters = 72, kProducerRegisters = 24;
@@ -31,6 +32,7 @@ struct WideTile {
   static constexpr int kDoutStages = HeadDim_ + HeadDimV_ > 384 ? 1 : 2;  // as shared memory allows
   static constexpr int kFirstK = KPanels_, kFirstV = VPanels_;
   static constexpr int kPortion = 0;
+  static constexpr bool kStoresBoxes = false;
   static constexpr bool kAdder = false;
   static constexpr int kThreads = 512;
   static constexpr int kConsumerRegisters = 208, kDqRegisters = 72, kProducerRegisters = 24;

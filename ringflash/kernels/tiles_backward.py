@@ -47,13 +47,13 @@ PAIR_STEP, PAIR_MASKED = 0.945, 0.7
 deterministic mode, where that was not seen."""
 PAIR_COST = (0.5, 2.2)
 """What an item of a pair costs more, in steps, adding and writing: its K comes late, and its dk and dv leave by way of registers.
-Measured at D 128, time alone over that in pairs, full and causal. Writing, whole pass: 1k .96 and .93, 2k .98 and .95, 4k 1.03
-and .94, 8k 1.01 and .95, 16k 1.05 and 1.00, 8k of 32 heads over 8 causal .98, window 4,096 .96. Adding, the kernel: 1.06 and .98,
-1.01 and .99, 1.04 and .99, 1.02 and 1.01, 1.03 and 1.00, .98, 1.00."""
+Measured at D 128, time alone over that in pairs. Writing, whole pass: full 1k .96, 2k .98, 4k 1.03, 8k 1.01, 16k 1.05; causal 4k
+.94, 8k .95, 16k 1.00, 8k of 32 heads over 8 .98, window 4,096 .96. Adding, the kernel: 1.06, 1.01, 1.04, 1.02, 1.03; .99, 1.01,
+1.00, .98, 1.00."""
 TURNS_STEP = 1.08
-"""What a CTA alone takes for a step in deterministic mode; a pair needs half the turns. Measured as above, writing: 1k 1.00 and
-.96, 2k causal .94, 4k 1.12 and 1.02, 8k 1.10 and 1.08, 16k 1.12 and 1.09. Adding: 1.12 at 1k full, 1.06 at 2k causal, 1.07 to
-1.12 for longer ones."""
+"""What a CTA alone takes for a step in deterministic mode; a pair needs half the turns. Measured as above, writing: full 1k 1.00,
+4k 1.12, 8k 1.10, 16k 1.12; causal 2k .94, 4k 1.02, 8k 1.08, 16k 1.09. Adding: 1.12 at 1k full, 1.06 at 2k causal, 1.07 to 1.12
+for longer ones."""
 SIMULATED_ITEMS = 8192
 """How much of the end of a list its duration is simulated for."""
 IDLE = 1 << 14
@@ -341,21 +341,34 @@ def _number_passes(
     new[1:] = (tile[run][1:] != tile[run][:-1]) | (m[1:] != m[:-1])
     start = np.flatnonzero(new)
     number = np.arange(len(m)) - np.repeat(start, np.diff(np.append(start, len(m))))
-    # Back to runs: neighbours of one run with one number.
     order = np.lexsort((m, run))
-    m, run, number = m[order], run[order], number[order]
+    return _divided(tile, begin, end, band_begin, band_count, run[order], m[order], number[order] << 16)
+
+
+def _divided(
+    tile: IntArray,
+    begin: IntArray,
+    end: IntArray,
+    band_begin: IntArray,
+    band_count: IntArray,
+    run: IntArray,
+    m: IntArray,
+    more: IntArray,
+) -> tuple[IntArray, IntArray, IntArray, IntArray, IntArray]:
+    """The runs, masked ones divided where what is more to say of them changes, which joins band_count. Of every query tile of the
+    masked ones, run after run: which run it is of, the tile, what is more."""
     new = np.ones(len(m), dtype=bool)
-    new[1:] = (run[1:] != run[:-1]) | (m[1:] != m[:-1] + 1) | (number[1:] != number[:-1])
+    new[1:] = (run[1:] != run[:-1]) | (m[1:] != m[:-1] + 1) | (more[1:] != more[:-1])
     a = np.flatnonzero(new)
     b = np.append(a[1:], len(m)) - 1 if len(a) else a
-    full = np.flatnonzero(band_count == 0)
+    full = np.flatnonzero(band_count % IDLE == 0)
     r = run[a]
     return (
         np.concatenate([tile[full], tile[r]]),
         np.concatenate([begin[full], m[a]]),
         np.concatenate([end[full], m[b] + 1]),
         np.concatenate([band_begin[full], band_begin[r]]),
-        np.concatenate([band_count[full], band_count[r] | number[a] << 16]),
+        np.concatenate([band_count[full], band_count[r] | more[a]]),
     )
 
 
@@ -378,18 +391,7 @@ def _mark_idle(
         k0, k1 = np.maximum(r0, first), np.minimum(r1, first + shape.keys // 2)
         seen = (k0 < k1) & (q0 < q1) & (q1 - 1 - k0 >= lo) & (q0 - (k1 - 1) <= hi)
         idle += np.where(np.bincount(at, seen, len(m)) > 0, 0, IDLE << half)
-    new = np.ones(len(m), dtype=bool)
-    new[1:] = (run[1:] != run[:-1]) | (idle[1:] != idle[:-1])
-    a = np.flatnonzero(new)
-    b = np.append(a[1:], len(m)) - 1 if len(a) else a
-    full = np.flatnonzero(band_count % IDLE == 0)
-    return (
-        np.concatenate([tile[full], tile[run[a]]]),
-        np.concatenate([begin[full], m[a]]),
-        np.concatenate([end[full], m[b] + 1]),
-        np.concatenate([band_begin[full], band_begin[run[a]]]),
-        np.concatenate([band_count[full], band_count[run[a]] | idle[a]]),
-    )
+    return _divided(tile, begin, end, band_begin, band_count, run, m, idle)
 
 
 def _visits(tile: IntArray, begin: IntArray, end: IntArray, number: IntArray, q_tiles: int) -> tuple[IntArray, IntArray]:
