@@ -708,12 +708,13 @@ def _double_ring(
     pieces: int,
     n: int,
     returns: bool,
+    spare: bool,
     rows: Callable[[int], IntArray],
     sees: Callable[[int, int], bool],
 ) -> tuple[list[list[list[int]]], list[Way]]:
     """The stages of every rank, and the ways of their steps: blocks in which what crosses the slow links is followed by what the
-    neighbours pass on, and steps on what the neighbours own, as far as the rank itself sees it. A chunk is taken in n parts.
-    Blocks that nobody of a group needs do not exist."""
+    neighbours pass on, and steps on what the neighbours own, as far as the rank itself sees it. A chunk is taken in n parts,
+    a neighbour's in one more if there is to be one to spare for the end. Blocks that nobody of a group needs do not exist."""
     inner, everyone = schedule.inner, range(rings)
 
     def pieces_of(owner: int) -> range:
@@ -724,7 +725,7 @@ def _double_ring(
         return _evenly(pieces_of(owner), n, rows(group * inner))
 
     def seen(rank: int, owner: int) -> list[list[int]]:
-        return _evenly([piece for piece in pieces_of(owner) if sees(rank, piece)], n, rows(rank))
+        return _evenly([piece for piece in pieces_of(owner) if sees(rank, piece)], n + spare, rows(rank))
 
     def neighbours(rank: int) -> list[int]:
         return [rank // inner * inner + (rank - hop) % inner for hop in range(1, inner)]
@@ -740,14 +741,16 @@ def _double_ring(
     n_far = max(len(stages) for stages in far)
     far = [stages + [[]] * (n_far - len(stages)) for stages in far]
     n_near, n_blocks = len(near[0]), n_far // inner
-    # Backward, the steps on what neighbours own stand between the blocks: a slow link lets these come that far apart.
+    # Backward, the steps on what neighbours own stand between the blocks: a slow link lets these come that far apart. The last
+    # block's gradients leave a step after it; one to spare is computed while they cross.
+    until = [max(min(n_near * block // n_blocks, n_near - 2 * spare), 0) for block in range(n_blocks)] + [n_near]
     order = [] if returns and n_blocks else [(near, i) for i in range(n_near)]
     begins = []
     for block in range(n_blocks):
         begins.append(len(order) + 1)
         order += [(far, block * inner + i) for i in range(inner)]
         if returns:
-            order += [(near, i) for i in range(n_near * block // n_blocks, n_near * (block + 1) // n_blocks)]
+            order += [(near, i) for i in range(until[block], until[block + 1])]
     # Forward, blocks are posted at even distances, at most a chunk ahead of what is computed: the slow link is never idle for
     # long. Backward two blocks ahead: what was posted earlier would go before gradients that are ready, and of a causal mask's
     # chunks and gradients more go one way or the other, so that the link is only full with both under way.
@@ -783,7 +786,9 @@ class _World:
         """By ring rank and step - 1: the pieces of a stage. By step - 1: its way, the same for all ranks."""
         schedule = self.key.schedule
         if schedule.name == "double_ring":
-            return _double_ring(schedule, self.rings, self.pieces, self.parts, self.key.returns, self.rows, self.sees)
+            returns = self.key.returns
+            spare = returns and self.parts > 1 and not self.keeps_local
+            return _double_ring(schedule, self.rings, self.pieces, self.parts, returns, spare, self.rows, self.sees)
         stages = [_ring(schedule, rank, self.rings, self.pieces, self.rows(rank)) for rank in range(self.rings)]
         if schedule.rows:
             most = max(len(s) for s in stages)
@@ -794,7 +799,12 @@ class _World:
     @cached_property
     def ends_local(self) -> bool:
         """Whether the last step is a part of the local chunk; the same on all ranks."""
-        return self.key.returns and bool(self.ways) and max(self.key.moving()[1].lengths) >= self.key.schedule.local_last
+        return self.keeps_local and self.key.returns and bool(self.ways)
+
+    @property
+    def keeps_local(self) -> bool:
+        """Whether chunks are long enough for local work to be kept for the end of a backward pass."""
+        return max(self.key.moving()[1].lengths) >= self.key.schedule.local_last
 
     @property
     def stages(self) -> list[list[list[int]]]:

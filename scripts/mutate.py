@@ -46,6 +46,7 @@ SHARD = ("tests/test_shard.py",)
 PLAN = ("tests/test_plan.py::test_only_rows_that_are_seen_travel",)
 COMPACT = ("tests/test_plan.py::test_ranks_do_not_walk_past_chunks_they_do_not_need",)
 DUE = ("tests/test_plan.py::test_gradients_cross_slow_links_while_the_next_block_is_computed",)
+SPARE = ("tests/test_plan.py::test_without_local_work_at_the_end_a_double_ring_keeps_a_step_to_spare",)
 TURNED = ("tests/test_property.py::test_queries_may_travel",)
 LAYOUT = ("tests/test_layout.py",)
 SYMMETRIC = ("tests/test_symmetric.py::test_no_interleaving_overwrites_what_a_peer_still_reads",)
@@ -170,6 +171,13 @@ BUGS = (
         "parallel/plan.py",
         "Way(slot, s + inner if inner > 1 else s, inner > 1)",
         "Way(slot, s + inner - 1 if inner > 1 else s, inner > 1)",
+    ),
+    Bug(
+        "nothing is computed while a double ring's last gradients cross",
+        "parallel/plan.py",
+        "min(n_near * block // n_blocks, n_near - 2 * spare)",
+        "min(n_near * block // n_blocks, n_near)",
+        SPARE,
     ),
     Bug(
         "what is left of the local work starts a tile late",

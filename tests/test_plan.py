@@ -446,12 +446,23 @@ def test_slow_links_are_never_idle_in_a_forward_pass() -> None:
 
 def test_gradients_cross_slow_links_while_the_next_block_is_computed() -> None:
     """In a backward pass neighbours' chunks are computed between far blocks, which are posted two blocks ahead."""
-    plan = double_ring(DOUBLE, backward=True)
-    assert [step.chunks[0].owner for step in plan.steps] == [0, 4, 5, 4, 5, 1, 2, 3, 2, 3, 1]
+    plan = double_ring(replace(DOUBLE, local_last=1), backward=True)
+    assert [step.chunks[0].owner for step in plan.steps[:-1]] == [0, 4, 5, 4, 5, 1, 2, 3, 2, 3, 1] and plan.steps[-1].local
     assert [n for n, far in enumerate(plan.far) if far] == [1, 3, 6, 8]
     assert [slot for slot, posts in enumerate(plan.posts) for post in posts if plan.far[post.step]] == [0, 0, 1, 3]
     leaves = [(slot, plan.due(slot, post.step)) for slot, posts in enumerate(plan.homes) for post in posts if plan.far[post.step]]
     assert leaves == [(3, 5), (5, 7), (8, 10), (10, 12)]
+
+
+def test_without_local_work_at_the_end_a_double_ring_keeps_a_step_to_spare() -> None:
+    """The last gradients over slow links leave after one step on a neighbour's chunk and cross during another."""
+    plan = double_ring(DOUBLE, backward=True)
+    assert [step.chunks[0].owner for step in plan.steps] == [0, 4, 5, 4, 5, 1, 2, 3, 2, 3, 1, 1]
+    assert sum(step.rows for step in plan.steps[1:]) == 5 * 8, "nothing is computed twice"
+    leaves = [(slot, plan.due(slot, post.step)) for slot, posts in enumerate(plan.homes) for post in posts if plan.far[post.step]]
+    assert leaves[-1] == (10, 12) and len(plan.steps) == 12
+    whole = double_ring(replace(DOUBLE, pieces=1), backward=True)
+    assert [step.chunks[0].owner for step in whole.steps] == [0, 4, 5, 2, 3, 1], "short chunks stay whole"
 
 
 @pytest.mark.parametrize(("pieces", "blocks"), [(1, 1), (2, 1), (4, 2), (8, 4)])
