@@ -28,7 +28,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 import ringflash as rf
-from ringflash.parallel.plan import Plan, Post, Schedule, row_bytes
+from ringflash.parallel.plan import Plan, Post, row_bytes
+from ringflash.parallel.schedule import Schedule
 from ringflash.parallel.transport.p2p import far_groups
 from ringflash.testing import RankPool, two_nodes
 

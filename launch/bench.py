@@ -27,9 +27,11 @@ from ringflash.launch import world as worlds
 from ringflash.options import Parser
 from ringflash.parallel import tables
 from ringflash.parallel.layout import make_layout
-from ringflash.parallel.plan import PlanKey, Schedule, make_plan
+from ringflash.parallel.plan import make_plan
+from ringflash.parallel.schedule import Schedule
 from ringflash.parallel.tables import DeviceTable, Link, LinkTable, Rate, Tables
 from ringflash.parallel.work import Work, work_of
+from ringflash.parallel.world import PlanKey
 
 Op = Callable[[], object]
 

@@ -17,7 +17,7 @@ import torch
 
 from ringflash.parallel.context import TRANSPORTS
 from ringflash.parallel.layout import read_kind
-from ringflash.parallel.plan import make_schedule
+from ringflash.parallel.schedule import make_schedule
 
 
 def _option(default: Any, meaning: str) -> Any:

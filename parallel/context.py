@@ -18,12 +18,14 @@ from ringflash.mask import Documents, Mask
 from ringflash.parallel.agree import Agreement
 from ringflash.parallel.layout import Layout, make_layout, read_kind
 from ringflash.parallel.memory import Demand, Frugality, extra_bytes, frugalities, lean_bytes
-from ringflash.parallel.plan import MAX_GAP, Plan, PlanKey, Schedule, make_plan, make_schedule
+from ringflash.parallel.plan import Plan, make_plan
+from ringflash.parallel.schedule import Schedule, make_schedule
 from ringflash.parallel.transport import Transport
 from ringflash.parallel.transport.allgather import AllGather
 from ringflash.parallel.transport.alltoall import AllToAll
 from ringflash.parallel.transport.p2p import P2P, far_groups
 from ringflash.parallel.transport.symmetric import NotSharedError, Symmetric
+from ringflash.parallel.world import MAX_GAP, PlanKey
 
 TRANSPORTS = ("auto", "p2p", "allgather", "alltoall", "symmetric")
 

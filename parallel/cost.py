@@ -15,10 +15,11 @@ from typing import NamedTuple
 
 from ringflash.mask import Mask
 from ringflash.parallel.memory import Peak, Rows, Shape, backward_peak, forward_peak
-from ringflash.parallel.plan import Plan, PlanKey, Transfer, make_plan, traffic
+from ringflash.parallel.plan import Plan, Transfer, make_plan, traffic
 from ringflash.parallel.tables import DeviceTable, Link, LinkTable, Rate, Tables
 from ringflash.parallel.transport import itinerary
 from ringflash.parallel.work import Work, rank_areas, stretch, work_of
+from ringflash.parallel.world import PlanKey
 
 __all__ = [
     "DeviceTable",

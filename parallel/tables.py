@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ringflash import env
-from ringflash.parallel.plan import Schedule
+from ringflash.parallel.schedule import Schedule
 
 MB = 1 << 20
 

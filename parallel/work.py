@@ -10,7 +10,9 @@ from typing import NamedTuple
 import numpy as np
 
 from ringflash.mask import Mask
-from ringflash.parallel.plan import Part, Plan, PlanKey, Ranges, head_shares
+from ringflash.parallel.lower import Part, Ranges
+from ringflash.parallel.plan import Plan, head_shares
+from ringflash.parallel.world import PlanKey
 from ringflash.slices import IntArray, Slices, settled_rows
 
 

@@ -4,7 +4,7 @@ from ringflash.api import attention
 from ringflash.mask import Mask
 from ringflash.parallel.context import ContextParallel
 from ringflash.parallel.layout import Layout
-from ringflash.parallel.plan import Schedule
+from ringflash.parallel.schedule import Schedule
 from ringflash.parallel.transport import TransportError
 from ringflash.simulated import SimulatedWorld
 

@@ -17,9 +17,11 @@ from ringflash.mask import Mask
 from ringflash.parallel.context import ContextParallel
 from ringflash.parallel.layout import make_layout
 from ringflash.parallel.memory import Demand, Shape
-from ringflash.parallel.plan import Plan, PlanKey, Schedule, make_plan
+from ringflash.parallel.plan import Plan, make_plan
+from ringflash.parallel.schedule import Schedule
 from ringflash.parallel.transport import Transport
 from ringflash.parallel.transport.simulated import Mailbox, Simulated
+from ringflash.parallel.world import PlanKey
 
 _NOBODY = Simulated(Mailbox(), 0)
 """The transport of a plan that moves nothing."""

@@ -22,7 +22,8 @@ from ringflash.kernels.hopper_backward import delta as rowsum_delta
 from ringflash.kernels.running import accumulate_dtype
 from ringflash.parallel import trace
 from ringflash.parallel.heads import HeadExchange
-from ringflash.parallel.plan import Part, Plan, View, make_plan
+from ringflash.parallel.lower import Part, View
+from ringflash.parallel.plan import Plan, make_plan
 from ringflash.parallel.transport import Homecoming, Stages, Transport
 from ringflash.parallel.work import calls_of
 

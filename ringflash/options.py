@@ -46,7 +46,7 @@ def at_least_one(name: str, value: int) -> int:
 
 def schedule_name(text: str) -> str:
     """The name of a --schedule, possibly with the chunks of a stage."""
-    from ringflash.parallel.plan import SCHEDULES
+    from ringflash.parallel.schedule import SCHEDULES
 
     if text not in SCHEDULES and not re.fullmatch(r"staged:0*[1-9]\d*", text):
         raise ValueError(

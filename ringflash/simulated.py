@@ -13,7 +13,7 @@ from ringflash.autograd import Attention, Job
 from ringflash.mask import Mask
 from ringflash.parallel.context import Sharding, take
 from ringflash.parallel.layout import Layout
-from ringflash.parallel.plan import Schedule
+from ringflash.parallel.schedule import Schedule
 from ringflash.parallel.transport.simulated import Mailbox, Simulated
 
 

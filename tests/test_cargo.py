@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ringflash import Mask, SimulatedWorld
-from ringflash.parallel.plan import Schedule
+from ringflash.parallel.schedule import Schedule
 from ringflash.parallel.transport import Cargo, Label, Transport, _in_words, copy_rows, itinerary
 
 

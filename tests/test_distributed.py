@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from ringflash import ContextParallel, Mask, attention
-from ringflash.parallel.plan import Schedule
+from ringflash.parallel.schedule import Schedule
 from ringflash.testing import Case, RankPool, draw, objections_on_ranks
 
 Ranks = Callable[[int], RankPool]

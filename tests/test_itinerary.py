@@ -10,14 +10,16 @@ import pytest
 
 from ringflash.mask import Mask
 from ringflash.parallel import plan as planner
-from ringflash.parallel.plan import Plan, Ranges, Transfer, make_plan
+from ringflash.parallel import world as world_module
+from ringflash.parallel.lower import Ranges
+from ringflash.parallel.plan import Plan, Transfer, make_plan
 from ringflash.parallel.transport import itinerary, place
 from ringflash.simulated import SimulatedWorld
 from ringflash.testing import Case, draw
 
 
 def forget_plans() -> None:
-    for cached in (planner._needs, planner._world, planner.make_plan, planner._backward, planner.traffic):
+    for cached in (world_module._needs, world_module.world_of, planner.make_plan, planner._backward, planner.traffic):
         cached.cache_clear()
 
 
@@ -25,7 +27,7 @@ def forget_plans() -> None:
 def unknown(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Worlds of which nobody knows what the others take, as if they had too many bands."""
     forget_plans()
-    monkeypatch.setattr(planner, "KNOWN_UP_TO", 0)
+    monkeypatch.setattr(world_module, "KNOWN_UP_TO", 0)
     yield
     monkeypatch.undo()
     forget_plans()
@@ -61,7 +63,7 @@ def in_full(plan: Plan, t: Transfer, rank: int) -> tuple[int, Ranges]:
 
 
 def kinds_of(plan: Plan, t: Transfer) -> set[str]:
-    key, world = plan.key, planner._world(replace(plan.key, rank=0))
+    key, world = plan.key, world_module.world_of(replace(plan.key, rank=0))
     runs = [run for layout in key.moving() for rank in layout.ranks for run in rank]
     kinds = {
         "relayed": t.owner not in (t.source, t.dest),

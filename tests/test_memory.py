@@ -26,7 +26,8 @@ from ringflash.parallel.memory import (
     forward_peak,
     tensor_bytes,
 )
-from ringflash.parallel.plan import Plan, make_schedule
+from ringflash.parallel.plan import Plan
+from ringflash.parallel.schedule import make_schedule
 from ringflash.parallel.transport import Label, Message, Transport
 from ringflash.simulated import SimulatedWorld
 from ringflash.testing import Idle

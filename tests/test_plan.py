@@ -13,23 +13,12 @@ import numpy as np
 import pytest
 
 from ringflash.mask import Dilated, Mask
-from ringflash.parallel import plan as plan_module
+from ringflash.parallel import world as world_module
 from ringflash.parallel.layout import Layout, make_layout
-from ringflash.parallel.plan import (
-    LOCAL_FIRST,
-    Plan,
-    PlanKey,
-    Ranges,
-    Schedule,
-    Step,
-    Transfer,
-    head_shares,
-    make_plan,
-    make_schedule,
-    plans,
-    row_bytes,
-    traffic,
-)
+from ringflash.parallel.lower import Ranges
+from ringflash.parallel.plan import LOCAL_FIRST, Plan, Step, Transfer, head_shares, make_plan, plans, row_bytes, traffic
+from ringflash.parallel.schedule import Schedule, make_schedule
+from ringflash.parallel.world import PlanKey
 from ringflash.simulated import SimulatedWorld
 from ringflash.slices import Slices
 from ringflash.testing import Case, draw, visibility
@@ -478,7 +467,7 @@ def test_gradients_over_slow_links_may_be_half_a_chunk_late(pieces: int, blocks:
 def test_traffic_is_what_backward_plans_move(
     mask: Mask, schedule: Schedule, layout: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plan_module, "BACKWARD_PIECE_ROWS", 4)  # more pieces back than forth
+    monkeypatch.setattr(world_module, "BACKWARD_PIECE_ROWS", 4)  # more pieces back than forth
     world = SimulatedWorld(6, layout, schedule)
     key = world.plan(0, mask, 96, 96, 8, 2).key
     for travels in ("kv", "q"):
@@ -489,20 +478,20 @@ def test_traffic_is_what_backward_plans_move(
 
 
 def test_a_world_too_large_to_know_for_many_pieces_is_known_for_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan_module, "BACKWARD_PIECE_ROWS", 4)
+    monkeypatch.setattr(world_module, "BACKWARD_PIECE_ROWS", 4)
     layout = make_layout("zigzag", 6 * 32, 6)
     key = PlanKey(Mask.causal(), layout, layout, Schedule("double_ring", inner=2), 8, 2, 0, returns=True)
 
     def parts(known: int) -> tuple[int, bool]:
-        monkeypatch.setattr(plan_module, "KNOWN_UP_TO", known)
-        plan_module._world.cache_clear()
-        plan_module._needs.cache_clear()
-        world = plan_module._world(key)
+        monkeypatch.setattr(world_module, "KNOWN_UP_TO", known)
+        world_module.world_of.cache_clear()
+        world_module._needs.cache_clear()
+        world = world_module.world_of(key)
         return world.parts, world.low is not None
 
     found = [parts(known) for known in (1 << 20, 1000, 400, 1)]
-    plan_module._world.cache_clear()
-    plan_module._needs.cache_clear()
+    world_module.world_of.cache_clear()
+    world_module._needs.cache_clear()
     assert found[0] == (8, True) and found[-1] == (8, False)
     assert all(1 <= n < 8 and known for n, known in found[1:-1]), found
 

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from ringflash.mask import Mask
-from ringflash.parallel.plan import Plan, make_plan, make_schedule
+from ringflash.parallel.plan import Plan, make_plan
+from ringflash.parallel.schedule import make_schedule
 from ringflash.parallel.transport import Label, Message
 from ringflash.parallel.transport.simulated import Mailbox, Simulated
 from ringflash.parallel.transport.symmetric import Op, Shared, Symmetric

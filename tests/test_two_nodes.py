@@ -22,7 +22,8 @@ from torch import Tensor
 from ringflash import ContextParallel, Mask
 from ringflash.autograd import Job, backward_loop, forward_loop, take_turns
 from ringflash.kernels import Extras
-from ringflash.parallel.plan import Plan, Post, Schedule, row_bytes
+from ringflash.parallel.plan import Plan, Post, row_bytes
+from ringflash.parallel.schedule import Schedule
 from ringflash.parallel.transport import Label, Message, Transport
 from ringflash.slices import Slices
 from ringflash.testing import Case, Idle, RankPool, objections_on_ranks, two_nodes

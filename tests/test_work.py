@@ -9,8 +9,10 @@ import pytest
 
 from ringflash.mask import Mask
 from ringflash.parallel.layout import make_layout
-from ringflash.parallel.plan import PlanKey, Schedule, make_plan
+from ringflash.parallel.plan import make_plan
+from ringflash.parallel.schedule import Schedule
 from ringflash.parallel.work import _taken, stretch
+from ringflash.parallel.world import PlanKey
 from ringflash.slices import Slices
 from ringflash.testing.cases import Drawing
 

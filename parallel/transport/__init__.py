@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from ringflash.parallel import trace
-from ringflash.parallel.plan import ROW_TAIL, Plan, Post, Ranges, Transfer, query_row_bytes
+from ringflash.parallel.lower import Ranges
+from ringflash.parallel.plan import ROW_TAIL, Plan, Post, Transfer, query_row_bytes
 
 
 class TransportError(RuntimeError):

@@ -18,7 +18,8 @@ import torch
 
 from ringflash.mask import Mask
 from ringflash.parallel.layout import Layout
-from ringflash.parallel.plan import LOCAL_LAST, MAX_GAP, Schedule, make_schedule
+from ringflash.parallel.schedule import LOCAL_LAST, Schedule, make_schedule
+from ringflash.parallel.world import MAX_GAP
 
 LAYOUTS = ("contiguous", "zigzag", "striped", "balanced", "scattered")
 """The named layouts, and runs of any length given to any rank."""

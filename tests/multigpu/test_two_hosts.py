@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from ringflash import ContextParallel, Mask, attention
-from ringflash.parallel.plan import Schedule
+from ringflash.parallel.schedule import Schedule
 from ringflash.testing import RankPool
 
 GPUS = torch.cuda.device_count()
