@@ -122,6 +122,7 @@ def _add_plan(commands: Any) -> None:
     what.add_argument("--head-dim-v", type=int, help="of the values (default: the same)")
     what.add_argument("--batch", type=int, default=1, help="default 1")
     what.add_argument("--dtype", choices=("bfloat16", "float16", "float32", "float64"), default="bfloat16")
+    what.add_argument("--deterministic", action="store_true", help="with the memory of gradients that repeat bit for bit")
     how = plan.add_argument_group("how it is cut and moved")
     how.add_argument("--world", type=int, default=8, help="ranks (default 8)")
     how.add_argument("--layout", default="zigzag", help="contiguous, zigzag (default), zigzag:K, striped, balanced")
@@ -181,7 +182,8 @@ def _plan(options: argparse.Namespace) -> int:
     world = world.for_mask(mask)
     wanted = _ranks(options.rank, options.world)
     tables = _tables(options, world, seqlen)
-    shape = Shape(options.batch, *dims, {"float32": 4, "float64": 8}.get(options.dtype, 2))
+    dtype_bytes = {"float32": 4, "float64": 8}.get(options.dtype, 2)
+    shape = Shape(options.batch, *dims, dtype_bytes, deterministic=options.deterministic)
     plans = [world.plan(rank, mask, queries, seqlen, options.heads, kv_heads) for rank in wanted]
     forecasts = predict_all(plans, tables.device, tables.link, shape)
     if options.json:

@@ -131,6 +131,10 @@ def test_plan_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert sum(step["visible"] for step in found["steps"]) * found["heads"] == found["areas"][0]
     assert found["forward"]["total_s"] >= found["forward"]["compute_s"] > 0 < found["backward"]["memory_bytes"]
     assert len(json.loads(said(capsys, "plan", "--seqlen", "64", "--world", "3", "--rank", "all", "--json"))) == 3
+    again = json.loads(said(capsys, *PLAN, "--json", "--deterministic"))
+    more = again["backward"]["memory_bytes"] - found["backward"]["memory_bytes"]
+    assert 0 < more < 257 << 20, "sums of a deterministic backward"
+    assert again["forward"] == found["forward"]
 
 
 def test_plan_draws(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
