@@ -122,8 +122,8 @@ def _double_ring(
     sees: Callable[[int, int], bool],
 ) -> tuple[list[list[list[int]]], list[Way]]:
     """The stages of every rank, and the ways of their steps: blocks in which what crosses the slow links is followed by what the
-    neighbours pass on, and steps on what the neighbours own, as far as the rank itself sees it. A chunk is taken in n parts,
-    a neighbour's in one more if there is to be one to spare for the end. Blocks that nobody of a group needs do not exist."""
+    neighbours pass on, and steps on what the neighbours own, as far as the rank itself sees it. A chunk is taken in n parts.
+    Blocks that nobody of a group needs do not exist. spare: one more step on what a neighbour owns, for the end."""
     inner, everyone = schedule.inner, range(rings)
 
     def pieces_of(owner: int) -> range:
@@ -134,12 +134,14 @@ def _double_ring(
         return _evenly(pieces_of(owner), n, rows(group * inner))
 
     def seen(rank: int, owner: int) -> list[list[int]]:
-        return _evenly([piece for piece in pieces_of(owner) if sees(rank, piece)], n + spare, rows(rank))
+        return _evenly([piece for piece in pieces_of(owner) if sees(rank, piece)], n, rows(rank))
 
     def neighbours(rank: int) -> list[int]:
         return [rank // inner * inner + (rank - hop) % inner for hop in range(1, inner)]
 
     near = [[part for owner in neighbours(rank) for part in seen(rank, owner)] for rank in everyone]
+    if spare:  # of the last but one: cut into more parts throughout, neighbours would not be done with each at the same time
+        near = [[*of[:-2], of[-2][: len(of[-2]) // 2], of[-2][len(of[-2]) // 2 :], of[-1]] for of in near]
     far: list[list[list[int]]] = []
     for rank in everyone:
         far.append([])
@@ -196,7 +198,7 @@ class World:
         schedule = self.key.schedule
         if schedule.name == "double_ring":
             returns = self.key.returns
-            spare = returns and self.parts > 1 and not self.keeps_local
+            spare = returns and self.parts > 1 and 1 < self.together < self.rings and not self.keeps_local
             return _double_ring(schedule, self.rings, self.pieces, self.parts, returns, spare, self.rows, self.sees)
         stages = [_ring(schedule, rank, self.rings, self.pieces, self.rows(rank)) for rank in range(self.rings)]
         if schedule.rows:
