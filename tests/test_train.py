@@ -498,9 +498,9 @@ def test_ctrl_c_saves_and_the_next_start_continues(text: Path, tmp_path: Path) -
 
 @needs_proc
 def test_ctrl_c_while_starting_is_quiet(text: Path, tmp_path: Path) -> None:
-    with Job(*endless(text, tmp_path)) as job:
+    with Job(*endless(text, tmp_path), "ranks=2") as job:
         until = time.monotonic() + 60
-        while len(job.ranks()) < 4 and time.monotonic() < until:
+        while len(job.ranks()) < 2 and time.monotonic() < until:
             time.sleep(0.05)
         job.seen |= set(job.ranks().values())
         job.process.send_signal(signal.SIGINT)
@@ -513,7 +513,7 @@ def test_ctrl_c_while_starting_is_quiet(text: Path, tmp_path: Path) -> None:
 def test_a_run_that_never_began_leaves_no_folder(tmp_path: Path) -> None:
     data, out = tmp_path / "data", tmp_path / "out"
     data.mkdir()
-    with Job(*TINY, f"data.path={data}", f"out={out}") as job:
+    with Job(*TINY, f"data.path={data}", f"out={out}", "ranks=2") as job:
         assert job.end() == 2, job.output
     assert "data.pattern" in job.output
     assert not any(out.iterdir())
@@ -564,7 +564,7 @@ def test_ranks_ended_by_a_signal_while_starting(codes: tuple[int, int], code: in
 
 @needs_proc
 def test_a_killed_rank_ends_the_job_and_is_named(text: Path, tmp_path: Path) -> None:
-    with Job(*endless(text, tmp_path)) as job:
+    with Job(*endless(text, tmp_path), "ranks=3") as job:
         job.wait_for(r"^step +([4-9]|\d\d)")
         os.kill(job.ranks()[2], signal.SIGKILL)
         assert job.end(timeout=60) == 1, job.output
@@ -577,7 +577,7 @@ def test_a_killed_rank_ends_the_job_and_is_named(text: Path, tmp_path: Path) -> 
 @needs_proc
 @pytest.mark.slow  # torch's launcher gives the stalled rank half a minute to react to SIGTERM
 def test_a_stalled_rank_ends_the_job_and_is_named(text: Path, tmp_path: Path) -> None:
-    with Job(*endless(text, tmp_path), "parallel.timeout_s=4") as job:
+    with Job(*endless(text, tmp_path), "ranks=2", "parallel.timeout_s=4") as job:
         job.wait_for(r"^step +([4-9]|\d\d)")
         os.kill(job.ranks()[1], signal.SIGSTOP)
         assert job.end() == 1, job.output
@@ -587,7 +587,7 @@ def test_a_stalled_rank_ends_the_job_and_is_named(text: Path, tmp_path: Path) ->
 
 @needs_proc
 def test_no_rank_outlives_a_killed_launcher(text: Path, tmp_path: Path) -> None:
-    with Job(*endless(text, tmp_path)) as job:
+    with Job(*endless(text, tmp_path), "ranks=2") as job:
         job.wait_for(r"^step ")
         job.process.kill()
         assert job.end() == -signal.SIGKILL
