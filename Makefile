@@ -31,8 +31,9 @@ else
 INSTALL := $(PIP) install --quiet --constraint constraints.txt
 endif
 
-# An editable install follows changes of Python files by itself; these are what it is built from.
-BUILD_INPUTS := pyproject.toml constraints.txt CMakeLists.txt scripts/keep_ptxas_log.sh $(shell find csrc)
+# An editable install follows changes of Python files by itself, but knows no others than it was made with; these are what it is
+# built from.
+BUILD_INPUTS := pyproject.toml constraints.txt CMakeLists.txt scripts/keep_ptxas_log.sh $(shell find csrc) $(VENV)/.modules
 CXX_FILES := $(shell find csrc -name '*.cu' -o -name '*.cuh' -o -name '*.h')
 
 run: $(VENV)/.run
@@ -89,6 +90,11 @@ ifeq ($(SYSTEM_SITE),1)
 	  > "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/parent_packages.pth"
 endif
 	touch $@
+
+# The names of all modules; touched only when these change.
+$(VENV)/.modules: $(VENV)/.made FORCE
+	@names=$$(find ringflash/ parallel launch -name '*.py' | sort); [ "$$names" = "$$(cat $@ 2>/dev/null)" ] || echo "$$names" > $@
+FORCE:
 
 $(VENV)/.run: $(VENV)/.made $(BUILD_INPUTS)
 	@echo "installing into $(VENV) (minutes the first time)"

@@ -6,7 +6,7 @@ Plans of single ranks (plan.py, where the words are explained) are cut from it, 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, lru_cache
 from itertools import pairwise
@@ -111,30 +111,21 @@ def _evenly(pieces: Sequence[int], n: int, rows: IntArray) -> list[list[int]]:
     return [needed[a:b] for a, b in pairwise(cuts)]
 
 
-def _double_ring(
-    schedule: Schedule,
-    rings: int,
-    pieces: int,
-    n: int,
-    returns: bool,
-    spare: bool,
-    rows: Callable[[int], IntArray],
-    sees: Callable[[int, int], bool],
-) -> tuple[list[list[list[int]]], list[Way]]:
+def _double_ring(world: World) -> tuple[list[list[list[int]]], list[Way]]:
     """The stages of every rank, and the ways of their steps: blocks in which what crosses the slow links is followed by what the
-    neighbours pass on, and steps on what the neighbours own, as far as the rank itself sees it. A chunk is taken in n parts.
-    Blocks that nobody of a group needs do not exist. spare: one more step on what a neighbour owns, for the end."""
-    inner, everyone = schedule.inner, range(rings)
+    neighbours pass on, and steps on what the neighbours own, as far as the rank itself sees it. Blocks that nobody of a group
+    needs do not exist."""
+    inner, everyone, n, returns, spare = world.together, range(world.rings), world.parts, world.key.returns, world.spares_step
 
     def pieces_of(owner: int) -> range:
-        return range(owner * pieces, (owner + 1) * pieces)
+        return range(owner * world.pieces, (owner + 1) * world.pieces)
 
     @cache
     def parts(group: int, owner: int) -> list[list[int]]:
-        return _evenly(pieces_of(owner), n, rows(group * inner))
+        return _evenly(pieces_of(owner), n, world.rows(group * inner))
 
     def seen(rank: int, owner: int) -> list[list[int]]:
-        return _evenly([piece for piece in pieces_of(owner) if sees(rank, piece)], n, rows(rank))
+        return _evenly([piece for piece in pieces_of(owner) if world.sees(rank, piece)], n, world.rows(rank))
 
     def neighbours(rank: int) -> list[int]:
         return [rank // inner * inner + (rank - hop) % inner for hop in range(1, inner)]
@@ -145,7 +136,7 @@ def _double_ring(
     far: list[list[list[int]]] = []
     for rank in everyone:
         far.append([])
-        for group in ((rank // inner - d) % (rings // inner) for d in range(1, rings // inner)):
+        for group in ((rank // inner - d) % (world.rings // inner) for d in range(1, world.rings // inner)):
             taken = [parts(rank // inner, group * inner + (rank - hop) % inner) for hop in range(inner)]
             blocks = [[of_owner[i] for of_owner in taken] for i in range(n)]
             far[-1] += [stage for block in blocks if any(block) for stage in block]
@@ -197,9 +188,7 @@ class World:
         """By ring rank and step - 1: the pieces of a stage. By step - 1: its way, the same for all ranks."""
         schedule = self.key.schedule
         if schedule.name == "double_ring":
-            returns = self.key.returns
-            spare = returns and self.parts > 1 and 1 < self.together < self.rings and not self.keeps_local
-            return _double_ring(schedule, self.rings, self.pieces, self.parts, returns, spare, self.rows, self.sees)
+            return _double_ring(self)
         stages = [_ring(schedule, rank, self.rings, self.pieces, self.rows(rank)) for rank in range(self.rings)]
         if schedule.rows:
             most = max(len(s) for s in stages)
@@ -211,6 +200,11 @@ class World:
     def ends_local(self) -> bool:
         """Whether the last step is a part of the local chunk; the same on all ranks."""
         return self.keeps_local and self.key.returns and bool(self.ways)
+
+    @property
+    def spares_step(self) -> bool:
+        """Whether a double ring computes one more step on what a neighbour owns while its last gradients cross slow links."""
+        return self.key.returns and self.parts > 1 and 1 < self.together < self.rings and not self.keeps_local
 
     @property
     def keeps_local(self) -> bool:

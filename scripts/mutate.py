@@ -203,7 +203,7 @@ BUGS = (
     Bug(
         "a double ring's neighbours send what their neighbour sees nothing of",
         "parallel/world.py",
-        "for piece in pieces_of(owner) if sees(rank, piece)]",
+        "for piece in pieces_of(owner) if world.sees(rank, piece)]",
         "for piece in pieces_of(owner)]",
         PLAN,
     ),
