@@ -94,7 +94,12 @@ SUITES: dict[str, list[Case]] = {
     "documents": documents(),
     "windows": [Case(f"window {w} at 64k", 65536, 16, 16, 128, True, window=w) for w in (1024, 4096)],
 }
-DETERMINISTIC = [c for c in SUITES["dense_128"] if (c.S, c.H) in ((1024, 16), (4096, 16), (16384, 16), (8192, 32), (32768, 32))]
+_SIZES = ((1024, 16), (2048, 16), (4096, 16), (16384, 16), (8192, 32), (32768, 32))
+DETERMINISTIC = [
+    *(case for case in SUITES["dense_128"] if (case.S, case.H) in _SIZES),
+    *(case for case in SUITES["documents"] if len(case.lengths) > 16),
+    *SUITES["windows"],
+]
 OWN_SUITES = {"ceiling": "forward", "epilogues": "forward", "ring_steps": "backward", "deterministic": "backward"}
 """Suites without peers, and their direction."""
 

@@ -143,7 +143,7 @@ def test_cases_speak_of_the_same_mask_twice() -> None:
         mask = Mask.documents(case.lengths) if case.lengths else Mask.causal(case.window or None) if case.causal else Mask.full()
         assert case.slices().area() == works.pairs(mask, case.S)
     assert {len(suite) for suite in (SUITES["dense_128"], SUITES["dense_64"], SUITES["documents"])} == {28, 6, 4}
-    assert len(bench_kernel.DETERMINISTIC) == 10
+    assert len(bench_kernel.DETERMINISTIC) == 16
 
 
 def group(runs: dict[str, float], against: dict[str, str] | None = None, suite: str = "dense_128", **sizes: object) -> Group:
