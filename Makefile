@@ -1,6 +1,7 @@
 # make run      trains a small model on real text over 4 ranks; ARGS="key=value ..." are passed on
 # make test     runs the tests, first those that measure time, alone; PYTEST_ARGS="-k merge" runs pytest once, with these options
-# make gpu      on a machine with GPUs: the tests that need one, spread over all; those that need several; ringflash check over all
+# make gpu      on a machine with GPUs: the tests that need one, spread over all; those that need several (with
+#               RINGFLASH_RANKS_PER_GPU=4 ranks share GPUs, for want of more); ringflash check over all
 # make mutate   plants bugs one by one in a copy of the tree and shows that the tests catch each
 # make lint     ruff, mypy, clang-format
 # make kernels  builds the CUDA library and checks what ptxas said of it (needs nvcc)
@@ -58,8 +59,10 @@ gpu: $(VENV)/.dev
 	part() { name=$$1; shift; echo "== $$name"; "$$@" || failed="$$failed, $$name"; }; \
 	part "tests of one GPU" \
 	  $(BIN)/python -m pytest -m gpu --instant --one-gpu -n $$((gpus * $(WORKERS_PER_GPU))) $(call MARKED,gpu); \
-	if [ "$$gpus" -gt 1 ]; then \
+	if [ $$((gpus * $${RINGFLASH_RANKS_PER_GPU:-1})) -gt 1 ]; then \
 	  part "tests of several GPUs" $(BIN)/python -m pytest -m multigpu --instant $(call MARKED,multigpu); \
+	fi; \
+	if [ "$$gpus" -gt 1 ]; then \
 	  part "ringflash check" $(BIN)/ringflash check --device cuda --world "$$gpus"; \
 	fi; \
 	if [ -n "$$failed" ]; then echo "failed: $${failed#, }" >&2; exit 1; fi

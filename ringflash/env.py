@@ -36,8 +36,9 @@ CUDA_ARCHS = Variable("RINGFLASH_CUDA_ARCHS", "80;90a-real", "when building: CUD
 TABLES = Variable("RINGFLASH_TABLES", "~/.cache/ringflash/tables.json", "what `ringflash bench` measured, for `ringflash plan`")
 LAUNCHER_PID = Variable("RINGFLASH_LAUNCHER_PID", "", "set by `ringflash train` for the ranks it starts; not to be set by hand")
 HOST = Variable("RINGFLASH_HOST", "", "name of this host, instead of NCCL_HOSTID's or its own: ranks of one host share memory")
+RANKS_PER_GPU = Variable("RINGFLASH_RANKS_PER_GPU", "1", "tests of several GPUs: how many ranks may share one, for want of GPUs")
 
-VARIABLES = (LOG, LIBRARY, TIMEOUT_S, TABLES, HOST, CUDA, CUDA_ARCHS, LAUNCHER_PID)
+VARIABLES = (LOG, LIBRARY, TIMEOUT_S, TABLES, HOST, CUDA, CUDA_ARCHS, LAUNCHER_PID, RANKS_PER_GPU)
 
 
 def value(variable: Variable) -> str:

@@ -4,7 +4,7 @@ from ringflash.testing.cases import Case, draw, read_mask
 from ringflash.testing.idle import Idle
 from ringflash.testing.inputs import make_inputs, spread
 from ringflash.testing.oracle import Inputs, Results, dense_attention, dense_results, visibility
-from ringflash.testing.rank_pool import Outcome, RankError, RankPool
+from ringflash.testing.rank_pool import Outcome, RankError, RankPool, gpu_places
 from ringflash.testing.runs import objections_on_ranks, objections_simulated, simulate
 from ringflash.testing.tolerance import FLOAT64_TOLERANCE, Judge, relative_error
 
@@ -21,6 +21,7 @@ __all__ = [
     "dense_attention",
     "dense_results",
     "draw",
+    "gpu_places",
     "make_inputs",
     "objections_on_ranks",
     "objections_simulated",

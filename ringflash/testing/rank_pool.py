@@ -23,6 +23,8 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
 from typing import Any, NamedTuple
 
+from ringflash import env
+
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
     ["torch", "torch.distributed.device_mesh", "ringflash.testing", "pytest", "torch.fx.experimental.symbolic_shapes"]
@@ -77,6 +79,20 @@ class _Work(NamedTuple):
         return getattr(sys.modules[self.module], self.function)(rank, *args, **kwargs)
 
 
+def gpu_places() -> int:
+    """Ranks with a GPU that tests may start here: RINGFLASH_RANKS_PER_GPU for each."""
+    import torch
+
+    return torch.cuda.device_count() * int(env.value(env.RANKS_PER_GPU))
+
+
+def _share_gpus(rank: int) -> None:
+    """Before NCCL starts: lets several ranks use one GPU. NCCL allows that only between hosts, and so it is told that every rank
+    is one; symmetric memory has to be told that they are not. They take turns on the GPU: nothing here is fast."""
+    os.environ.update(NCCL_HOSTID=f"rank{rank}", NCCL_SOCKET_IFNAME="lo", NCCL_IB_DISABLE="1")
+    os.environ.update({env.HOST.name: "shared", "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES": "1"})
+
+
 def _serve(rank: int, world: int, backend: str, init_file: str, connection: Connection, timeout_s: float) -> None:
     """A rank's life: join the group, then run what arrives until told to stop or the parent is gone."""
     import faulthandler
@@ -90,7 +106,10 @@ def _serve(rank: int, world: int, backend: str, init_file: str, connection: Conn
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
     device_id = None
     if "nccl" in backend:
-        device_id = torch.device("cuda", rank)
+        gpus = torch.cuda.device_count()
+        if 0 < gpus < world:
+            _share_gpus(rank)
+        device_id = torch.device("cuda", rank % max(gpus, 1))
         torch.cuda.set_device(device_id)
     dist.init_process_group(
         backend,
@@ -121,7 +140,8 @@ def _serve(rank: int, world: int, backend: str, init_file: str, connection: Conn
 class RankPool:
     """``world`` processes joined in one process group.
 
-    world: number of ranks. backend: of ``init_process_group``; with NCCL, rank r uses CUDA device r.
+    world: number of ranks. backend: of ``init_process_group``; with NCCL, rank r uses CUDA device r, and where there are fewer
+    GPUs than ranks, they share them.
     timeout_s: the process group's own timeout, after which a blocked collective raises in its rank.
     """
 
