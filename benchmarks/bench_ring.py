@@ -35,6 +35,7 @@ from benchmarks.works import WORKS, Work, least_rows, pairs
 from ringflash.kernels import Problem, choose
 from ringflash.parallel import trace
 from ringflash.parallel.plan import Plan, row_bytes
+from ringflash.parallel.schedule import SCHEDULES
 
 GIB = 2**30
 PASSES = ("forward", "both")
@@ -88,11 +89,11 @@ class Row:
 
 
 def spelled(system: str) -> tuple[str, str, str]:
-    """What a system's name says, KIND[_KERNEL][@LAYOUT]: "single", "ringflash" or a word of a peer's name; a kernel, or "lean"; a
-    layout in place of the work's."""
-    name, _, layout = system.partition("@")
+    """What a system's name says, KIND[_KERNEL][@WAY]: "single", "ringflash" or a word of a peer's name; a kernel, or "lean"; a
+    layout in place of the work's, or a schedule."""
+    name, _, way = system.partition("@")
     kind, _, kernel = name.partition("_")
-    return kind, kernel, layout
+    return kind, kernel, way
 
 
 def is_peer(system: str) -> bool:
@@ -107,7 +108,8 @@ class System:
         self.name = name
         self.plan: Plan | None = None
         self.backend = "auto"
-        kind, backend, layout = spelled(name)
+        kind, backend, way = spelled(name)
+        layout, schedule = (work.layout, way) if way.partition(":")[0] in SCHEDULES else (way or work.layout, cfg.schedule)
         mask, tokens = work.mask(), work.seqlen // world
         area = pairs(mask, work.seqlen) / world
         self.attend: Callable[..., torch.Tensor]
@@ -121,9 +123,7 @@ class System:
         elif kind == "ringflash":
             lean = backend == "lean"
             self.backend, memory_budget = ("auto", "lean") if lean else (backend or "auto", cfg.memory_budget)
-            cp = rf.ContextParallel(
-                None, layout or work.layout, cfg.schedule, transport=cfg.transport, memory_budget=memory_budget
-            ).for_mask(mask)
+            cp = rf.ContextParallel(None, layout, schedule, transport=cfg.transport, memory_budget=memory_budget).for_mask(mask)
             cp.position_ids(work.seqlen)
             self.plan = cp.plan(dist.get_rank(), mask, work.seqlen, work.seqlen, work.heads, work.kv_heads)
             tokens = cp.layout_of(work.seqlen).lengths[dist.get_rank()]
@@ -250,7 +250,7 @@ def measure(
     rows = [row_of(system, work, cfg) for system in systems]
     spans: list[dict[str, Any]] = []
     for system, row in zip(systems, rows, strict=True):
-        if system.plan is not None:
+        if system.plan is not None and system.plan.key.schedule.ulysses == 1:
             row.budget_gib = round(_slowest(budget(system.plan, cfg.head_dim, system.q.element_size()) / GIB), 2)
             row.rows_moved = _everywhere(system.plan.rows_received())
             row.rows_least = least_rows(work.mask(), system.plan.key.k_layout)
@@ -296,11 +296,15 @@ def recorded(system: System, work: str) -> tuple[list[dict[str, Any]], float | N
     system.both()  # steady state: the recorded pass is queued behind it
     dist.all_reduce(torch.zeros(1, device="cuda"))  # ends on all ranks at the same time, to some microseconds: the clocks' zero
     with trace.record() as recorder:
-        system.both()
+        out = system.attend(system.q, system.k, system.v)
+        trace.begin("turn")
+        trace.end("turn")
+        torch.autograd.grad(out, (system.q, system.k, system.v), system.dout)
     spans = recorder.spans()
+    begin = next(s.start for s in spans if s.what == "turn")  # between the passes
+    spans = [s for s in spans if s.what != "turn"]
     if not spans:
         return [], None, None
-    begin = min((s.start for s in spans if s.what == trace.BACKWARD), default=float("inf"))
     forward = _slowest(trace.total([s for s in spans if s.start < begin], trace.WAIT))
     backward = _slowest(trace.total([s for s in spans if s.start >= begin], trace.WAIT))
     gathered: list[Any] = [None] * dist.get_world_size()

@@ -200,7 +200,7 @@ def ring_table(path: Path, out: Path) -> None:
     plt.close(figure)
 
 
-LANES = ("compute", "chunks", "gradients")
+LANES = ("compute", "chunks", "gradients", "heads")
 SPAN_COLOURS = {
     "forward": "#0072B2",
     "backward": "#009E73",

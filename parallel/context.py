@@ -85,28 +85,29 @@ class Sharding:
             )
         self.memory_budget = budget
 
-    def frugalities(self, k_len: int, kv_heads: int) -> tuple[Frugality, ...]:
-        """What the memory budget may choose from."""
-        ulysses = self.schedule_of(k_len).ulysses
-        return frugalities(STAGE_TOKENS, self.world // ulysses, k_len, kv_heads, ulysses, self.schedule == "auto")
+    def frugalities(self, plan: Plan) -> tuple[Frugality, ...]:
+        """What the memory budget may choose from, by the plan for no budget: that one first."""
+        key, auto = plan.key, self.schedule == "auto"
+        k_len = key.k_layout.seqlen
+        return frugalities(STAGE_TOKENS, plan.rings, k_len, key.kv_heads, key.schedule.ulysses, auto, key.groups)
 
     def affordable(self, call: Demand, rank: int, mask: Mask, q_len: int, k_len: int, heads: int, kv_heads: int) -> list[int]:
         """Which of the ``frugalities`` one rank can afford within the memory budget, by their place there.
 
         Raises ValueError, with the numbers, if it can afford none.
         """
-        budget = self.memory_budget
+        budget, default = self.memory_budget, self.plan(rank, mask, q_len, k_len, heads, kv_heads)
         if budget == "lean":
-            budget = lean_bytes(self.plan(rank, mask, q_len, k_len, heads, kv_heads), call)
+            budget = lean_bytes(default, call)
         assert isinstance(budget, int)
-        needs = []
-        for rows, groups in self.frugalities(k_len, kv_heads):
+        choices, needs = self.frugalities(default), []
+        for rows, groups in choices:
             plan = self.plan(rank, mask, q_len, k_len, heads, kv_heads, rows)
             needs.append(extra_bytes(plan, call, groups))
         if min(needs) > budget and self.memory_budget == "lean":  # a wish, no bound: as little as can be
             return [needs.index(min(needs))]
         if min(needs) > budget:
-            groups = self.frugalities(k_len, kv_heads)[needs.index(min(needs))].groups
+            groups = choices[needs.index(min(needs))].groups
             raise ValueError(
                 f"memory_budget={budget} bytes is too small: beyond its tensors a call takes {min(needs)} bytes on "
                 f"rank {rank} (the smallest stages, heads in {groups} groups, one after the other) and {needs[0]} at full speed; "
@@ -140,7 +141,8 @@ class ContextParallel(Sharding):
                a process group, or None for all ranks.
     layout     which tokens a rank holds: "zigzag", "zigzag:K", "contiguous", "striped", "balanced" (then use ``for_mask``), or a
                Layout.
-    schedule   "auto", "ring", "allgather", "staged:K", "ulysses", "hybrid", "double_ring", or a Schedule.
+    schedule   "auto", "ring", "allgather", "staged:K" (K chunks a stage), "ulysses" or "ulysses:K" (heads in K groups, one
+               exchanged while another is computed; by default as many as pay), "hybrid", "double_ring", or a Schedule.
     ulysses    ranks that trade heads for sequence (for "hybrid"); neighbours in the group.
     inner      ranks of one fast-linked group (for "double_ring"); neighbours in the group.
     transport  "auto" (symmetric on one host with CUDA, else point to point), "p2p", "alltoall", "allgather" (with schedule
@@ -149,10 +151,10 @@ class ContextParallel(Sharding):
     timeout_s  how long a peer may be silent before an error, seconds (default RINGFLASH_TIMEOUT_S).
     memory_budget  bytes that a call may take on a rank at most, forward or backward, beyond what the caller has anyway (q, k, v,
                out, log-sum-exp and gradients): running state, stages, the buffers of symmetric memory, and what the kernel sums
-               deterministic gradients in. "auto" then takes smaller stages, and any schedule but Ulysses computes the heads in
-               groups, one group after the other, as far as it must; ValueError, with the numbers, if even that takes more.
-               "lean": a tenth of those tensors and 1.1 times two stages (and what the kernel sums in), or else as little as
-               can be. Default None: no bound.
+               deterministic gradients in. "auto" then takes smaller stages, and any schedule computes the heads in groups, one
+               group after the other, as far as it must; ValueError, with the numbers, if even that takes more.
+               "lean": a tenth of those tensors and 1.1 times two stages (and what the kernel sums in, and traded heads), or else
+               as little as can be. Default None: no bound.
 
     All ranks of the group must create it, and call its methods, together. Raises ValueError for what does not fit.
     """
@@ -286,7 +288,7 @@ class ContextParallel(Sharding):
             return self._p2p(device), "auto: a double ring passes chunks on"
         try:
             self._meet_on_one_host(device)
-            transport = Symmetric.of(group, timeout_s, device, word, partial(_meet, self.agreement))
+            transport = Symmetric.of(group, timeout_s, device, partial(_meet, self.agreement))
             return transport, "" if named else "auto: every rank can read the others"
         except NotSharedError as error:
             if named:

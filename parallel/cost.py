@@ -2,7 +2,8 @@
 
 It replays the running code's order of events (autograd.py): the transfers of slot n are posted when step n has arrived and before
 it is computed; gradients leave when their step is computed and are waited for when the plan says that they are due. Kernels take
-the time their tiles take; a message takes the time the link table says, when both ends have posted it. Ranks may be simulated
+the time their tiles take; a message takes the time the link table says, when both ends have posted it. Groups of heads are
+replayed one after the other; where ranks trade them, a group is on its way while another is computed. Ranks may be simulated
 together, so that one waits for another that is late, or one alone, which then takes its peers to be as fast as itself.
 """
 
@@ -11,9 +12,11 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import NamedTuple
 
 from ringflash.mask import Mask
+from ringflash.parallel.heads import Traded, block_bytes
 from ringflash.parallel.memory import Peak, Rows, Shape, backward_peak, forward_peak
 from ringflash.parallel.plan import Plan, Transfer, make_plan, traffic
 from ringflash.parallel.tables import DeviceTable, Link, LinkTable, Rate, Tables
@@ -68,10 +71,13 @@ class Flight(NamedTuple):
 class PassForecast:
     """One rank's forward or backward pass.
 
-    ``enter_s`` and ``leave_s`` are the exchange of heads before and after; ``tail_s`` waits for the last gradients.
+    groups            the steps of every group of heads.
+    enter_s, leave_s  what the exchange of heads takes on the way in and on the way home that no kernel hides: waiting for it, and
+                      its copies (packing, own rows, unpacking), which run on the computing stream.
+    tail_s            waiting for each group's last gradients, and adding them.
     """
 
-    steps: tuple[StepTime, ...]
+    groups: tuple[tuple[StepTime, ...], ...]
     flights: tuple[Flight, ...]
     enter_s: float
     tail_s: float
@@ -79,20 +85,34 @@ class PassForecast:
     total_s: float
     memory: Peak
 
+    @cached_property
+    def steps(self) -> tuple[StepTime, ...]:
+        """Of each step the sums over all groups of heads, and when it began in the first."""
+        found = []
+        for times in zip(*self.groups, strict=True):
+            sums = (sum(getattr(t, name) for t in times) for name in StepTime._fields[1:])
+            found.append(StepTime(times[0].start_s, *sums))
+        return tuple(found)
+
     @property
     def compute_s(self) -> float:
         return sum(step.compute_s for step in self.steps)
 
     @property
+    def waiting_s(self) -> float:
+        """Waiting for what travels in the ring."""
+        return sum(step.wait_s for step in self.steps) + self.tail_s
+
+    @property
     def exposed_s(self) -> float:
         """Communication that nothing hides."""
-        return sum(step.wait_s for step in self.steps) + self.enter_s + self.tail_s + self.leave_s
+        return self.waiting_s + self.enter_s + self.leave_s
 
 
 @dataclass(frozen=True)
 class StepForecast:
-    """What one step computes and moves. Bytes: of chunks it waits for, and that leave in the same post; ``home_in``,
-    ``home_out``: in a backward pass, of their gradients on the way home."""
+    """What one step computes, per head, and moves. Bytes, of all groups of heads: of chunks it waits for, and that leave in the
+    same post; ``home_in``, ``home_out``: in a backward pass, of their gradients on the way home."""
 
     work: Work
     bytes_in: int
@@ -125,7 +145,7 @@ class Forecast:
 
     def flop(self, backward: bool) -> float:
         """Of the visible pairs of this rank."""
-        heads = self.plan.share.q_heads
+        heads = _of_one_group(self.plan).share.q_heads * self.plan.key.groups
         return float(self.plan.area * heads * self.shape.batch * _flop_per_pair(self.shape, backward))
 
 
@@ -154,24 +174,41 @@ def predict(
 
 def predict_all(plans: Sequence[Plan], device: DeviceTable, link: LinkTable, shape: Shape) -> list[Forecast]:
     """The forecasts of several ranks of one world, simulated together."""
-    areas = rank_areas(plans[0].key)
-    backs = [shape.backward(plan) for plan in plans]
+    groups = plans[0].key.groups
+    areas = tuple(groups * area for area in rank_areas(_of_one_group(plans[0]).key))
     forward = _Replay(plans, device, link, shape, backward=False).run()
-    backward = _Replay(backs, device, link, shape, backward=True).run()
+    backward = _Replay(plans, device, link, shape, backward=True).run()
     found = []
-    for plan, back in zip(plans, backs, strict=True):
-        rank, there, again = plan.key.rank, _steps(plan, device, shape), _steps(back, device, shape)
+    for plan in plans:
+        back, rank = _back(plan, shape), plan.key.rank
+        there, again = _steps(plan, device, shape), _steps(back, device, shape)
         found.append(Forecast(plan, back, shape, device, link, there, again, forward[rank], backward[rank], areas))
     return found
 
 
+def _of_one_group(plan: Plan) -> Plan:
+    """The plan that every group of heads goes through."""
+    groups = plan.key.groups
+    return plan if groups == 1 else make_plan(plan.key.of_one_group(groups))
+
+
+def _back(plan: Plan, shape: Shape) -> Plan:
+    """The plan of the backward pass, with the steps that every group of heads has in it."""
+    part = _of_one_group(plan)
+    back = shape.backward(part)
+    if back is part:
+        return plan
+    schedule = replace(back.key.schedule, head_groups=plan.key.schedule.head_groups)
+    return make_plan(replace(plan.key, schedule=schedule, travels=back.key.travels, returns=back.key.returns))
+
+
 def _steps(plan: Plan, device: DeviceTable, shape: Shape) -> tuple[StepForecast, ...]:
-    row = Rows.of(plan, shape)
+    row, groups = Rows.of(_of_one_group(plan), shape), plan.key.groups
     moved = [[0, 0, 0, 0] for _ in plan.steps]
     for slots, nbytes, first in ((plan.posts, row.moved, 0), (plan.homes, row.home, 2)):
         for post in (post for slot in slots for post in slot):
             for t in post.transfers:
-                moved[post.step][first + (0 if t.dest == plan.rank else 1)] += _rows(t) * nbytes
+                moved[post.step][first + (0 if t.dest == plan.rank else 1)] += _rows(t) * nbytes * groups
     return tuple(StepForecast(work_of(s.parts, device.tile), *m) for s, m in zip(plan.steps, moved, strict=True))
 
 
@@ -198,12 +235,12 @@ class _Clock:
     order: dict[str, float] = field(default_factory=dict)  # by lane: what is posted to one is moved in order
     pending: dict[int, tuple[float, float]] = field(default_factory=dict)  # by step: begun at, done at
     mail: list[tuple[int, float, int]] = field(default_factory=list)  # gradients under way: due, done at, bytes that arrive
-    packed: bool = False
-    steps: list[StepTime] = field(default_factory=list)
+    traded: list[float] = field(default_factory=list)  # exchanges of heads under way: done at
+    packed: bool = False  # the own chunk of this group of heads
+    groups: list[tuple[StepTime, ...]] = field(default_factory=list)
     flights: list[Flight] = field(default_factory=list)
-    enter_s: float = 0.0
     tail_s: float = 0.0
-    leave_s: float = 0.0
+    heads_s: dict[bool, float] = field(default_factory=lambda: {True: 0.0, False: 0.0})  # by whether on the way in
 
     def wait(self, done: float) -> float:
         """Waits until then; how long that took."""
@@ -214,17 +251,47 @@ class _Clock:
 
 
 class _Replay:
-    """One pass of some or all ranks of a world. Slots come in the same order on all ranks, so they are replayed one by one."""
+    """One pass of some or all ranks of a world. Slots come in the same order on all ranks, so they are replayed one by one.
+
+    plans: of the forward pass and all heads.
+    """
 
     def __init__(self, plans: Sequence[Plan], device: DeviceTable, link: LinkTable, shape: Shape, backward: bool) -> None:
-        self.plans = {plan.key.rank: plan for plan in plans}
+        self.wholes = {plan.key.rank: plan for plan in plans}
+        parts = {rank: _of_one_group(plan) for rank, plan in self.wholes.items()}
+        self.plans = {rank: shape.backward(part) if backward else part for rank, part in parts.items()}
         self.device, self.link, self.shape, self.backward = device, link, shape, backward
         self.row = {rank: Rows.of(plan, shape) for rank, plan in self.plans.items()}
         self.clocks = {rank: _Clock() for rank in self.plans}
-        self.n_steps = len(plans[0].steps)
+        first = next(iter(self.plans.values()))
+        self.n_steps, self.trades, self.groups = len(first.steps), len(first.shares) > 1, plans[0].key.groups
 
     def run(self) -> dict[int, PassForecast]:
-        self._exchange("enter_s", 0)
+        """In the order of `autograd.in_groups`."""
+        if self.trades:
+            self._run_trading()
+        else:
+            for _ in range(self.groups):
+                self._group()
+        return {rank: self._result(rank) for rank in self.plans}
+
+    def _run_trading(self) -> None:
+        self._trade(entering=True)
+        for group in range(self.groups):
+            if group + 1 < self.groups:
+                self._trade(entering=True)
+            self._take(entering=True)
+            self._group()
+            self._trade(entering=False)
+            if group:
+                self._take(entering=False)
+        self._take(entering=False)
+
+    def _group(self) -> None:
+        """The steps of one group of heads."""
+        times: dict[int, list[StepTime]] = {rank: [] for rank in self.clocks}
+        for clock in self.clocks.values():
+            clock.packed = False
         for n in range(self.n_steps):
             begun = {rank: clock.now for rank, clock in self.clocks.items()}
             under_way = {}
@@ -240,7 +307,7 @@ class _Replay:
                 self._send_home(n)
             for rank, clock in self.clocks.items():
                 busy = clock.now - begun[rank] - clock.waited
-                clock.steps.append(StepTime(begun[rank], clock.waited, busy, under_way[rank]))
+                times[rank].append(StepTime(begun[rank], clock.waited, busy, under_way[rank]))
         begun = {rank: clock.now for rank, clock in self.clocks.items()}
         if self.backward:
             self._receive(self.n_steps)
@@ -249,16 +316,15 @@ class _Replay:
         for rank, clock in self.clocks.items():
             for _, done in clock.pending.values():  # of sends in posts that this rank computes nothing of
                 clock.wait(done)
-            clock.tail_s = clock.now - begun[rank]
-        self._exchange("leave_s", self.n_steps)
-        return {rank: self._result(rank) for rank in self.plans}
+            clock.pending.clear()
+            clock.tail_s += clock.now - begun[rank]
+            clock.groups.append(tuple(times[rank]))
 
     def _result(self, rank: int) -> PassForecast:
-        clock, plan = self.clocks[rank], self.plans[rank]
+        clock, plan = self.clocks[rank], self.wholes[rank]
         memory = backward_peak(plan, self.shape) if self.backward else forward_peak(plan, self.shape)
-        return PassForecast(
-            tuple(clock.steps), tuple(clock.flights), clock.enter_s, clock.tail_s, clock.leave_s, clock.now, memory
-        )
+        enter_s, leave_s = clock.heads_s[True], clock.heads_s[False]
+        return PassForecast(tuple(clock.groups), tuple(clock.flights), enter_s, clock.tail_s, leave_s, clock.now, memory)
 
     def _copy_s(self, nbytes: float) -> float:
         """Seconds for memory traffic of so many bytes, read and written."""
@@ -370,33 +436,61 @@ class _Replay:
                 arrived = sum(x.nbytes for x in loads[step][rank] if x.inbound)
                 self.clocks[rank].mail.append((self.plans[rank].due(slot, step), done, arrived))
 
-    def _exchange(self, name: str, slot: int) -> None:
-        """The exchange of heads before or after the ring, which nothing hides."""
-        loads = {rank: self._head_loads(plan, name == "enter_s") for rank, plan in self.plans.items() if len(plan.shares) > 1}
-        if not loads:
-            return
-        for rank, (_, done) in self._move("heads", slot, loads).items():
-            setattr(self.clocks[rank], name, self.clocks[rank].wait(done))
+    def _trade(self, entering: bool) -> None:
+        """Packs and posts a group's exchange of heads, on the way in or home."""
+        for rank, plan in self.plans.items():
+            self._copy_heads(rank, self._copied(plan, entering)[0], entering)
+        loads = {rank: self._head_loads(plan, entering) for rank, plan in self.plans.items()}
+        spans = self._move("heads", 0 if entering else self.n_steps, loads)
+        for rank, clock in self.clocks.items():
+            clock.traded.append(spans[rank][1] if rank in spans else clock.now)
+
+    def _take(self, entering: bool) -> None:
+        """Waits for the oldest exchange under way (they are taken in the order of their posts), and unpacks it."""
+        for rank, clock in self.clocks.items():
+            clock.heads_s[entering] += clock.wait(clock.traded.pop(0))
+            self._copy_heads(rank, self._copied(self.plans[rank], entering)[1], entering)
+
+    def _copy_heads(self, rank: int, nbytes: int, entering: bool) -> None:
+        took = self._copy_s(nbytes)
+        self.clocks[rank].now += took
+        self.clocks[rank].heads_s[entering] += took
+
+    def _tensors(self, plan: Plan, entering: bool) -> list[Traded]:
+        """The tensors of an exchange. Gradients of shared key heads travel as they were accumulated: they are summed at home."""
+        e, d, dv = self.shape.dtype_bytes * self.shape.batch, self.shape.head_dim, self.shape.head_dim_v
+        if self.backward and entering:
+            return [Traded(dv * e, False)]
+        if self.backward:
+            keys = self.shape.acc_bytes * self.shape.batch if plan.shares_keys else e
+            return [Traded(d * e, False), Traded(d * keys, True), Traded(dv * keys, True)]
+        return [Traded(d * e, False), Traded(d * e, True), Traded(dv * e, True)] if entering else [Traded(dv * e, False)]
+
+    def _copied(self, plan: Plan, entering: bool) -> tuple[int, int]:
+        """Bytes read and written on the computing stream before an exchange is posted, and after it has arrived: as for a
+        transport that pulls. One that sends can do without packing what goes home, of batch 1."""
+        me, share, others = plan.member, plan.share, [m for m in range(len(plan.shares)) if m != plan.member]
+        before = after = 0
+        for what in self._tensors(plan, entering):
+            own = block_bytes(plan, entering, me, me, what)
+            before += 2 * sum(block_bytes(plan, entering, me, member, what) for member in others)
+            laid_out = plan.k_len * share.kv_heads * what.unit if what.keys and share.k_index is not None else 0
+            if entering:
+                before, after = before + 2 * own, after + 2 * laid_out
+                continue
+            arrived = own + sum(block_bytes(plan, entering, member, me, what) for member in others)
+            before += 2 * laid_out  # at most: fewer are written, when they are summed
+            after += (3 if what.keys and plan.shares_keys else 2) * arrived
+        return before, after
 
     def _head_loads(self, plan: Plan, entering: bool) -> list[_Load]:
-        e, acc, shape = self.shape.dtype_bytes, self.shape.acc_bytes, self.shape
-        # (bytes of one row of one head, whether heads are key heads)
-        if self.backward:
-            units = [(shape.head_dim_v * e, False)] if entering else [(shape.head_dim * e, False), (shape.dims * acc, True)]
-        else:
-            units = [(shape.head_dim * e, False), (shape.dims * e, True)] if entering else [(shape.head_dim_v * e, False)]
-        me, loads = plan.member, []
+        me, tensors, loads = plan.member, self._tensors(plan, entering), []
         for member in (m for m in range(len(plan.shares)) if m != me):
-            moved = [0, 0]  # out of what this rank has for the member, and the reverse
-            for unit, keys in units:
-                lengths = plan.k_lengths if keys else plan.q_lengths
-                for way, (a, b) in enumerate(((me, member), (member, me))):
-                    rows, share = (lengths[a], plan.shares[b]) if entering else (lengths[b], plan.shares[a])
-                    moved[way] += rows * share.traded(keys) * unit * shape.batch
-            peer = plan.rank * len(plan.shares) + member
-            loads += [
-                _Load(peer, inbound, nbytes, len(units)) for inbound, nbytes in ((False, moved[0]), (True, moved[1])) if nbytes
-            ]
+            for inbound, source, dest in ((False, me, member), (True, member, me)):
+                sizes = [block_bytes(plan, entering, source, dest, what) for what in tensors]
+                if any(sizes):
+                    peer = plan.rank * len(plan.shares) + member
+                    loads.append(_Load(peer, inbound, sum(sizes), sum(1 for nbytes in sizes if nbytes)))
         return loads
 
 
@@ -412,12 +506,9 @@ def explain(plan: Plan, forecast: Forecast, *, chosen: str = "", kernel: str = "
     key, shape, device, link = plan.key, forecast.shape, forecast.device, forecast.link
     cross = "" if key.q_layout.seqlen == key.k_layout.seqlen else f"{key.q_layout.seqlen:,} queries on "
     dims = f"{shape.head_dim}" if shape.head_dim == shape.head_dim_v else f"{shape.head_dim} (values {shape.head_dim_v})"
-    share = plan.share
     heads = (
         f"{key.heads} query heads, {key.kv_heads} key heads of {dims}, batch {shape.batch}, {shape.dtype_bytes} bytes an element"
     )
-    if len(plan.shares) > 1:
-        heads += f"; here query heads {share.q0} to {share.q1 - 1}" if share.q1 > share.q0 else "; none here"
     facts = [
         ("mask", mask_text(key.mask)),
         ("sequence", f"{cross}{key.k_layout.seqlen:,} tokens, layout {key.q_layout.name}"),
@@ -427,7 +518,7 @@ def explain(plan: Plan, forecast: Forecast, *, chosen: str = "", kernel: str = "
             f"{key.schedule}, {len(plan.steps)} step{'s' if len(plan.steps) > 1 else ''}"
             + (f" (auto: {chosen})" if chosen else ""),
         ),
-        ("heads", heads),
+        ("heads", heads + _groups_text(plan)),
         *([("kernel", kernel)] if kernel else []),
         ("predicted", f"for {device.name}, {link.name}" + (f" ({source})" if source else "")),
     ]
@@ -454,9 +545,10 @@ def explain(plan: Plan, forecast: Forecast, *, chosen: str = "", kernel: str = "
 def travels_text(plan: Plan, shape: Shape) -> str:
     """What travels in the two passes, and what the backward pass of the whole world would move either way."""
     dims = shape.head_dim, shape.head_dim_v, shape.dtype_bytes
-    kv, q = (shape.batch * traffic(plan, travels, *dims).nbytes for travels in ("kv", "q"))
+    part, batch = _of_one_group(plan), shape.batch * plan.key.groups
+    kv, q = (batch * traffic(part, travels, *dims).nbytes for travels in ("kv", "q"))
     words = {"kv": "K, V", "q": "Q, dO"}
-    chosen, other = (replace(shape, takes_delta=x).backward(plan).key.travels for x in (shape.takes_delta, not shape.takes_delta))
+    chosen, other = (replace(shape, takes_delta=x).backward(part).key.travels for x in (shape.takes_delta, not shape.takes_delta))
     why = "" if plan.key.schedule.travels == "auto" else ", as asked for"
     if chosen != other:
         kinds = ("for a kernel that takes delta in place of out", "for one that needs out")
@@ -464,6 +556,19 @@ def travels_text(plan: Plan, shape: Shape) -> str:
         why = f" {this}, {words[other]} {that}"
     moved = f"with K, V all ranks move {size_text(kv)} in it, with Q, dO {size_text(q)}"
     return f"forward K, V; backward {words[chosen]}{why} ({moved})"
+
+
+def _groups_text(plan: Plan) -> str:
+    """Which heads a rank works on, and in how many groups."""
+    groups, share, trades = plan.key.groups, _of_one_group(plan).share, len(plan.shares) > 1
+    order = "one on its way while another is computed" if trades else "one after the other"
+    many = f"; in {groups} groups, {order}" if groups > 1 else ""
+    if not trades:
+        return many
+    if not share.q_heads:
+        return f"; none here{many}"
+    here = f"{share.q_heads * groups} query heads" if many else f"query heads {share.q0} to {share.q1 - 1}"
+    return f"; here {here}{many}"
 
 
 def _fact(name: str, text: str) -> str:
@@ -519,10 +624,10 @@ def _runs_text(plan: Plan) -> str:
 def _pass_text(name: str, forecast: Forecast, backward: bool) -> str:
     times = forecast.backward if backward else forecast.forward
     rate = forecast.flop(backward) / times.total_s / 1e12 if times.total_s else 0.0
-    parts = [f"{time_text(times.compute_s)} computing", f"{time_text(times.exposed_s)} waiting"]
     heads = times.enter_s + times.leave_s
+    parts = [f"{time_text(times.compute_s)} computing", f"{time_text(times.waiting_s)} waiting"]
     if heads:
-        parts.append(f"of that {time_text(heads)} for the exchange of heads")
+        parts.append(f"{time_text(heads)} for the exchange of heads")
     rate_text = f"{rate:.0f} TFLOP/s" if rate >= 1 else f"{1e3 * rate:.0f} GFLOP/s"
     return f"{name:<10} {time_text(times.total_s)}: {', '.join(parts)}; {rate_text} of visible pairs"
 
@@ -558,9 +663,10 @@ def _table(
     if hidden > 1:
         lines[1 + most // 2 : 1 + most // 2 + hidden] = [f"... {hidden} more lines ..."]
     what = "Q, dO" if plan.key.travels == "q" else "K and V"
+    times = "times in ms" + (f" over {plan.key.groups} groups" if plan.key.groups > 1 else "")
     return [
         *(line.rstrip() for line in lines),
-        f"pairs: visible ones per head; unmasked: in tiles without a mask; in, out: {what}; times in ms",
+        f"pairs: visible ones per head; unmasked: in tiles without a mask; in, out: {what}; {times}",
     ]
 
 

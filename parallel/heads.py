@@ -2,21 +2,86 @@
 
 Query heads are cut as evenly as they go, also when the ranks do not divide them; every member gets the key heads that its query
 heads use, so fewer key heads than ranks work too (the gradients of a shared key head are summed at home, in float32).
+
+Where heads are computed in groups, one group is on its way while another is computed: see autograd.py.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Generator, Iterator, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ringflash.parallel.plan import HeadShare, Plan
-from ringflash.parallel.transport import Label, Message, Pending, Transport
+from ringflash.parallel import trace
+from ringflash.parallel.plan import Plan
+from ringflash.parallel.transport import Label, Message, Pending, Transport, copy_rows
 
-Turns = Generator[None, None, list[Tensor]]
+POSTED = True
+"""What a loop yields where an exchange of heads has just been posted: who drives it may have other heads to compute meanwhile."""
+
+Turns = Generator[Any, None, list[Tensor]]
 """A piece of the running code that yields wherever a simulated world must let the other ranks catch up."""
+
+ALIGNMENT = 16
+"""Of blocks in memory that others read, bytes."""
+
+Run = tuple[range, Tensor]
+"""Members side by side whose blocks are alike, and these blocks as one tensor: (members, rows, B, heads, D)."""
+
+
+class Traded(NamedTuple):
+    """A tensor of an exchange: bytes of one row of one head, all batch entries together, and whether its heads are key heads."""
+
+    unit: int
+    keys: bool
+
+
+def block_bytes(plan: Plan, entering: bool, source: int, dest: int, what: Traded) -> int:
+    """What one member packs for another of a tensor: its own rows of the other's heads, or on the way back the other's rows of
+    its own heads."""
+    lengths = plan.k_lengths if what.keys else plan.q_lengths
+    rows, share = (lengths[source], plan.shares[dest]) if entering else (lengths[dest], plan.shares[source])
+    return _aligned(rows * share.traded(what.keys) * what.unit)
+
+
+@lru_cache(maxsize=1024)
+def largest_pack(plan: Plan, entering: bool, tensors: tuple[Traded, ...]) -> int:
+    """The most bytes that any rank of the world packs for the others of its group: the same on all ranks."""
+    rows = {False: max(plan.key.q_layout.lengths), True: max(plan.key.k_layout.lengths)}
+
+    def packed(source: int) -> int:
+        others = [share for m, share in enumerate(plan.shares) if m != source]
+        shares = others if entering else [plan.shares[source]] * len(others)
+        return sum(_aligned(rows[x.keys] * share.traded(x.keys) * x.unit) for share in shares for x in tensors)
+
+    return max(map(packed, range(len(plan.shares))))
+
+
+@lru_cache(maxsize=4096)
+def _places(plan: Plan, entering: bool, source: int, tensors: tuple[Traded, ...]) -> tuple[dict[tuple[int, int], int], int]:
+    """Where the blocks that a member packs begin, by tensor and receiver, and where the last one ends."""
+    found, at = {}, 0
+    for i, what in enumerate(tensors):
+        for dest in (m for m in range(len(plan.shares)) if m != source):
+            found[i, dest] = at
+            at += block_bytes(plan, entering, source, dest, what)
+    return found, at
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+def _parts(x: Tensor, dim: int, slices: Sequence[slice], run: range) -> Tensor:
+    """Equal slices of a dim side by side, as a view: (members, rows, B, heads, D) of x (rows, B, heads, D)."""
+    first = slices[run[0]]
+    size = first.stop - first.start
+    parts: Tensor = x.narrow(dim, first.start, size * len(run)).unflatten(dim, (len(run), size))
+    return parts.movedim(dim, 0)
 
 
 class HeadExchange:
@@ -32,6 +97,20 @@ class HeadExchange:
         starts = [sum(lengths[:i]) for i in range(self.members)]
         return [slice(a, a + n) for a, n in zip(starts, lengths, strict=True)]
 
+    def _spans(self, keys: bool) -> list[slice]:
+        return [share.span(keys) for share in self.plan.shares]
+
+    def _runs(self, slices: Sequence[slice]) -> list[range]:
+        """The other members, together as far as their slices are equal and side by side: one copy does for all of them."""
+        runs: list[range] = []
+        for m in (m for m in range(self.members) if m != self.plan.member):
+            before, mine = slices[m - 1], slices[m]
+            if runs and runs[-1].stop == m and (before.stop, before.stop - before.start) == (mine.start, mine.stop - mine.start):
+                runs[-1] = range(runs[-1].start, m + 1)
+            else:
+                runs.append(range(m, m + 1))
+        return runs
+
     def enter(self, tensors: Sequence[tuple[Tensor, bool]]) -> Turns:
         """All heads of the own rows -> the own heads of all members' rows.
 
@@ -39,44 +118,50 @@ class HeadExchange:
         """
         if self.members == 1:
             return [x for x, _ in tensors]
-        results, sends, receives = [], [], []
+        me, results, leaves, arrives = self.plan.member, [], [], []
         for x, keys in tensors:
-            x, mine = x.transpose(0, 1), self.plan.share.span(keys)
-            rows = self._rows(keys)
-            out = x.new_empty((rows[-1].stop, x.shape[1], mine.stop - mine.start, x.shape[3]))
-            out[rows[self.plan.member]] = x[:, :, mine]
-            for peer, share in self._others():
-                sends.append(Message(self.first + peer, x[:, :, share.span(keys)].contiguous()))
-                receives.append(Message(self.first + peer, out[rows[peer]]))
+            x, rows, spans = x.transpose(0, 1), self._rows(keys), self._spans(keys)
+            out = x.new_empty((rows[-1].stop, x.shape[1], spans[me].stop - spans[me].start, x.shape[3]))
+            copy_rows(out[rows[me]], x[:, :, spans[me]])
+            leaves.append([(run, _parts(x, 2, spans, run)) for run in self._runs(spans)])
+            arrives.append({peer: out[rows[peer]] for peer in self._others()})
             results.append(out)
-        pending = self._post(0, sends, receives)
-        yield
-        pending.wait()
+        pending = self._post(0, [keys for _, keys in tensors], leaves, arrives)
+        yield POSTED
+        self._wait(0, pending)
         return [self._spread(out, keys).transpose(0, 1) for out, (_, keys) in zip(results, tensors, strict=True)]
 
-    def leave(self, tensors: Sequence[tuple[Tensor, bool]], heads: Sequence[int]) -> Turns:
-        """The reverse: own heads of all members' rows -> all ``heads`` of the own rows; shared key heads add up."""
-        results, sends, receives, arrivals = [], [], [], []
-        for (x, keys), n_heads in zip(tensors, heads, strict=True):
-            x = self._folded(x, keys).transpose(0, 1)
-            rows = self._rows(keys)
-            own = x[rows[self.plan.member]]
-            out = x.new_zeros((own.shape[0], own.shape[1], n_heads, own.shape[3]))
-            parts = {self.plan.member: own}
-            for peer, share in self._others():
-                span = share.span(keys)
-                sends.append(Message(self.first + peer, x[rows[peer]].contiguous()))
-                parts[peer] = x.new_empty((*out.shape[:2], span.stop - span.start, out.shape[3]))
-                receives.append(Message(self.first + peer, parts[peer]))
-            results.append(out)
-            arrivals.append((parts, keys))
-        pending = self._post(len(self.plan.steps), sends, receives)
-        yield
-        pending.wait()
-        for out, (parts, keys) in zip(results, arrivals, strict=True):
-            for member, share in enumerate(self.plan.shares):  # in the members' order on every rank: the sum is reproducible
-                out[:, :, share.span(keys)] += parts[member]
-        return [out.transpose(0, 1) for out in results]
+    def leave(self, tensors: Sequence[tuple[Tensor, bool]], into: Sequence[Tensor]) -> Turns:
+        """The reverse: own heads of all members' rows -> all heads of the own rows; shared key heads add up.
+
+        into: (B, S_rank, H or Hkv, D), which are filled and returned.
+        """
+        me, step = self.plan.member, len(self.plan.steps)
+        owns, homes, leaves, arrives = [], [], [], []
+        for x, keys in tensors:
+            x, rows, spans = self._folded(x, keys).transpose(0, 1), self._rows(keys), self._spans(keys)
+            own = x[rows[me]]
+            leaves.append([(run, _parts(x, 0, rows, run)) for run in self._runs(rows)])
+            sizes = [
+                (len(run), *own.shape[:2], spans[run[0]].stop - spans[run[0]].start, own.shape[3]) for run in self._runs(spans)
+            ]
+            homes.append([(run, x.new_empty(size)) for run, size in zip(self._runs(spans), sizes, strict=True)])
+            arrives.append({m: part for run, parts in homes[-1] for m, part in zip(run, parts, strict=True)})
+            owns.append(own)
+        pending = self._post(step, [keys for _, keys in tensors], leaves, arrives)
+        yield POSTED
+        self._wait(step, pending)
+        for (_, keys), own, home, of, whole in zip(tensors, owns, homes, arrives, into, strict=True):
+            target, spans = whole.transpose(0, 1), self._spans(keys)
+            if keys and self.plan.shares_keys:
+                target.zero_()
+                for member, span in enumerate(spans):  # in the members' order on every rank: the sum is reproducible
+                    target[:, :, span] += of.get(member, own)
+                continue
+            copy_rows(target[:, :, spans[me]], own)
+            for run, parts in home:
+                copy_rows(_parts(target, 2, spans, run), parts)
+        return list(into)
 
     def _spread(self, x: Tensor, keys: bool) -> Tensor:
         """Keys laid out once per query head, where the shares keep no ratio."""
@@ -95,18 +180,58 @@ class HeadExchange:
             torch.sum(x[:, :, heads.start : heads.stop], 2, out=out[:, :, k])
         return out
 
-    def _others(self) -> Iterator[tuple[int, HeadShare]]:
-        return ((i, share) for i, share in enumerate(self.plan.shares) if i != self.plan.member)
+    def _others(self) -> Iterator[int]:
+        """The next member first, so that every one is read by one other at a time."""
+        return ((self.plan.member + hop) % self.members for hop in range(1, self.members))
 
-    def _post(self, step: int, sends: list[Message], receives: list[Message]) -> Pending:
-        return self.transport.post(Label("heads", step), _filled(sends), _filled(receives))
+    def _post(
+        self, step: int, keys: Sequence[bool], leaves: Sequence[Sequence[Run]], arrives: Sequence[dict[int, Tensor]]
+    ) -> Pending:
+        """Of each tensor: what leaves, strided, and by member what arrives, contiguous."""
+        label, first = Label("heads", step), self.first
+        if not self.transport.pulls:
+            sends = [Message(first + m, x.contiguous()) for of in leaves for m, x in _one_by_one(of)]
+            receives = [Message(first + m, x) for of in arrives for m, x in of.items() if x.numel()]
+            return self.transport.post(label, sends, receives)
+        plan, me, entering = self.plan, self.plan.member, step == 0
+        some = [next(iter(of.values())) for of in arrives]
+        traded = tuple(Traded(x.shape[1] * x.shape[3] * x.element_size(), of) for x, of in zip(some, keys, strict=True))
+        self.transport.open("heads", plan, largest_pack(plan, entering, traded))
+        places, end = _places(plan, entering, me, traded)
+        buffer = self.transport.lease(label, (end,), torch.uint8, some[0].device)
+        trace.begin(trace.PACK, step)
+        for i, of in enumerate(leaves):
+            for run, x in of:
+                if x.numel():
+                    stride = block_bytes(plan, entering, me, run[0], traded[i])
+                    there = buffer[places[i, run[0]] :][: stride * len(run)].view(len(run), stride)
+                    there = there[:, : x[0].numel() * x.element_size()].view(x.dtype)
+                    copy_rows(there.unflatten(1, x.shape[1:]), x)
+        trace.end(trace.PACK, step)
+        sends = [
+            Message(first + m, buffer[places[i, m] :][: x.numel() * x.element_size()])
+            for i, of in enumerate(leaves)
+            for m, x in _one_by_one(of)
+        ]
+        receives = [
+            Message(first + m, of[m].view(torch.uint8).view(-1), _places(plan, entering, m, traded)[0][i, me])
+            for m in self._others()
+            for i, of in enumerate(arrives)
+            if of[m].numel()
+        ]
+        return self.transport.post(label, sends, receives)
+
+    def _wait(self, step: int, pending: Pending) -> None:
+        trace.begin(trace.WAIT, step, peer=-3)
+        pending.wait()
+        trace.end(trace.WAIT, step, peer=-3)
+
+
+def _one_by_one(runs: Sequence[Run]) -> Iterator[tuple[int, Tensor]]:
+    """The blocks of all members in some runs. Both sides know the sizes, so empty ones need not travel."""
+    return ((m, x) for run, blocks in runs if blocks.numel() for m, x in zip(run, blocks, strict=True))
 
 
 def _served(k_index: Sequence[int]) -> list[range]:
     """By key head: the query heads that use it, which stand side by side."""
     return [range(bisect_left(k_index, k), bisect_right(k_index, k)) for k in range(k_index[-1] + 1)]
-
-
-def _filled(messages: list[Message]) -> list[Message]:
-    """Messages with something in them: both sides know the sizes, so empty ones need not travel."""
-    return [m for m in messages if m.tensor.numel()]

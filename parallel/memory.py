@@ -1,6 +1,7 @@
 """Peak memory of one rank's pass, by walking a plan as the running code does and counting what it allocates and lets go.
 
 The order of events is that of autograd.py, heads.py and transport/; a test runs those under a counter of storages and compares.
+A walk of one group of heads is a generator, as the loop that it follows, and walks take turns as loops do (`_in_groups`).
 Of what kernels need for themselves it counts what they declare (``kernels.Extras``), which are upper bounds. Not counted: copies
 of inputs that a kernel cannot read where they lie (no tensor that the loops make is such), of log-sum-exp and delta for a dilated
 mask's views, and what a collective transport copies (`alltoall`, `allgather`).
@@ -9,13 +10,14 @@ mask's views, and what a collective transport copies (`alltoall`, `allgather`).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
+from ringflash.parallel.heads import Traded, largest_pack
 from ringflash.parallel.plan import Plan, make_plan, query_row_bytes
-from ringflash.parallel.transport import itinerary
-from ringflash.parallel.transport.symmetric import BUFFERS, buffer_bytes
+from ringflash.parallel.transport import buffer_bytes, itinerary
+from ringflash.parallel.transport.symmetric import BUFFERS
 from ringflash.parallel.work import calls_of
 
 INPUTS = "q, k, v"
@@ -45,13 +47,15 @@ class Shape:
     """Whether the kernel's backward takes delta in place of out (``kernels.Extras.delta``): only then may queries travel."""
     settle_rows: int = 384
     """``kernels.Extras.settle_rows``: the results of rows that one call completes stand beside the others' running state. This,
-    the one above and the last two are by default those of our own kernels."""
+    the one above and the last three are by default those of our own kernels."""
     deterministic: bool = False
     """Whether gradients must repeat bitwise."""
     portion_bytes: tuple[tuple[int, int], ...] = ((64, 128 << 20), (96, 192 << 20), (128, 256 << 20))
     """``kernels.Extras.portion_bytes``: by head dim, up to."""
     turn_rows: int = 64
     """``kernels.Extras.turn_rows``."""
+    one_call: bool = True
+    """``kernels.Extras.one_call``: what such a kernel adds up in is gone when its results are there."""
 
     def backward(self, plan: Plan) -> Plan:
         """The plan of the backward pass of such tensors."""
@@ -80,6 +84,19 @@ class Shape:
 
 
 @dataclass(frozen=True)
+class Demand:
+    """What else than the plan decides how much memory a call takes."""
+
+    shape: Shape = Shape()
+    backward: bool = True
+    sinks: bool = False
+    lse: bool = False
+    """Whether the caller gets the log-sum-exp, and may differentiate it."""
+    symmetric: bool = False
+    """Whether the transport holds memory of its own outside torch's allocator."""
+
+
+@dataclass(frozen=True)
 class Peak:
     """The moment at which most memory is taken: what lives then, in bytes, largest first."""
 
@@ -91,21 +108,34 @@ class Peak:
 
 
 class Ledger:
-    """Bytes alive by what they are for, and the peak so far."""
+    """Bytes alive by what they are for, and the peak so far. One that is part of another counts there too: what one loop holds,
+    and lets go of all at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, whole: Ledger | None = None) -> None:
+        self.whole = whole
         self.live: Counter[str] = Counter()
         self.best: Counter[str] = Counter()
 
     def take(self, what: str, nbytes: int) -> None:
         self.live[what] += nbytes
-        if self.live.total() > self.best.total():
+        if self.whole is not None:
+            self.whole.take(what, nbytes)
+        elif self.live.total() > self.best.total():
             self.best = self.live.copy()
 
     def drop(self, what: str, nbytes: int | None = None) -> None:
         """Lets go of so many bytes, or of all of that kind."""
-        self.live[what] -= self.live[what] if nbytes is None else nbytes
+        nbytes = self.live[what] if nbytes is None else nbytes
+        self.live[what] -= nbytes
         assert self.live[what] >= 0, what
+        if self.whole is not None:
+            self.whole.drop(what, nbytes)
+
+    def close(self, *kept: str) -> None:
+        """Lets go of everything but some kinds, which are the whole's from now on."""
+        for what in self.live:
+            if what not in kept:
+                self.drop(what)
 
     def peak(self) -> Peak:
         return Peak(tuple((what, n) for what, n in self.best.most_common() if n))
@@ -150,6 +180,25 @@ class Rows:
     @property
     def kv(self) -> int:
         return self.k + self.v
+
+
+@dataclass(frozen=True)
+class Own:
+    """Bytes of this rank's rows before heads are traded and after: all heads and the batch."""
+
+    q: int
+    kv: int
+    out: int
+    lse: int
+    kv_acc: int
+    """Of gradients of K and V as they are accumulated."""
+
+    @classmethod
+    def of(cls, plan: Plan, shape: Shape) -> Own:
+        q = plan.q_lengths[plan.member] * plan.key.heads * shape.batch
+        kv = plan.k_lengths[plan.member] * plan.key.kv_heads * shape.batch * shape.dims
+        e, acc = shape.dtype_bytes, shape.acc_bytes
+        return cls(q * shape.head_dim * e, kv * e, q * shape.head_dim_v * e, q * acc, kv * acc)
 
 
 class _StagesWalk:
@@ -231,120 +280,222 @@ class _HomeWalk:
         self.released |= {step for step in self.ends[slot] if step in self.there}
 
 
-class _ExchangeWalk:
-    """heads.HeadExchange: what arrives, and copies of what leaves until it has left."""
+def _traded(plan: Plan, shape: Shape, entering: bool, backward: bool, lse: bool) -> tuple[Traded, ...]:
+    """The tensors of an exchange of heads. Gradients of shared key heads travel as they were accumulated."""
+    e, acc, d, dv = shape.dtype_bytes * shape.batch, shape.acc_bytes * shape.batch, shape.head_dim, shape.head_dim_v
+    if entering == backward:  # out and lse, or their gradients
+        return Traded(dv * e, False), *([Traded(acc, False)] if lse else [])
+    keys = acc if backward and plan.shares_keys else e
+    return Traded(d * e, False), Traded(d * keys, True), Traded(dv * keys, True)
 
-    def __init__(self, plan: Plan, ledger: Ledger, batch: int) -> None:
-        self.plan, self.ledger, self.batch = plan, ledger, batch
+
+class _ExchangeWalk:
+    """heads.HeadExchange: what arrives, and copies of what leaves until it has left. Yields when it is posted."""
+
+    def __init__(self, plan: Plan, room: Ledger, batch: int, leased: bool) -> None:
+        self.plan, self.room, self.batch = plan, room, batch
+        self.leased = leased  # then copies are a part of what the transport holds all the time
         self.others = [share for i, share in enumerate(plan.shares) if i != plan.member]
 
-    def enter(self, what: str, tensors: Sequence[tuple[int, bool]]) -> None:
-        """tensors: (bytes of one row of one head, whether heads are key heads)."""
-        for unit, keys in tensors:
-            lengths = self.plan.k_lengths if keys else self.plan.q_lengths
-            self.ledger.take(EXCHANGE, sum(lengths) * self.plan.share.traded(keys) * unit)
-            self.ledger.take(EXCHANGE, lengths[self.plan.member] * sum(s.traded(keys) for s in self.others) * unit)
-        kept = 0
-        for unit, keys in tensors:
-            rows = self.plan.k_len if keys else self.plan.q_len
-            if keys and self.plan.share.k_index is not None:
-                self.ledger.take(EXCHANGE, rows * self.plan.share.kv_heads * unit)
-            kept += rows * (self.plan.share.kv_heads if keys else self.plan.share.q_heads) * unit
-        self.ledger.drop(EXCHANGE)
-        self.ledger.take(what, kept)
+    def _sizes(self, tensor: Traded) -> tuple[int, int, int, int]:
+        """Rows here and of all members; heads here and of all others."""
+        lengths = self.plan.k_lengths if tensor.keys else self.plan.q_lengths
+        others = sum(share.traded(tensor.keys) for share in self.others)
+        return lengths[self.plan.member], sum(lengths), self.plan.share.traded(tensor.keys), others
 
-    def leave(self, what: str, tensors: Sequence[tuple[int, bool, int, bool]]) -> None:
-        """tensors: (bytes of one row of one head, whether heads are key heads, all heads, whether no copy is sent)."""
-        kept = 0
-        for unit, keys, heads, in_place in tensors:
-            lengths = self.plan.k_lengths if keys else self.plan.q_lengths
-            span, own = self.plan.share.traded(keys), lengths[self.plan.member]
-            if keys and self.plan.share.k_index is not None:
-                self.ledger.take(EXCHANGE, sum(lengths) * span * unit)
+    def enter(self, loop: Ledger, what: str, tensors: Sequence[Traded]) -> Iterator[None]:
+        """What arrives is the loop's."""
+        copies, laid_out = Ledger(self.room), 0
+        for tensor in tensors:
+            own, rows, heads, others = self._sizes(tensor)
+            loop.take(what, rows * heads * tensor.unit)
+            copies.take(EXCHANGE, 0 if self.leased else own * others * tensor.unit)
+        yield
+        copies.close()
+        for tensor in tensors if self.plan.share.k_index is not None else ():
+            if tensor.keys:
+                loop.take(what, self.plan.k_len * self.plan.share.kv_heads * tensor.unit)
+                laid_out += self.plan.k_len * self.plan.share.traded(keys=True) * tensor.unit
+        loop.drop(what, laid_out)
+
+    def leave(self, tensors: Sequence[Traded], rows_first: Sequence[bool]) -> Iterator[None]:
+        """rows_first: of which tensors rows lie together, so that no copy of them is sent."""
+        moving = Ledger(self.room)
+        for tensor, in_place in zip(tensors, rows_first, strict=True):
+            own, rows, heads, others = self._sizes(tensor)
+            if tensor.keys and self.plan.share.k_index is not None:
+                moving.take(EXCHANGE, rows * heads * tensor.unit)
                 in_place = self.batch == 1
-            if not in_place:
-                self.ledger.take(EXCHANGE, (sum(lengths) - own) * span * unit)
-            self.ledger.take(EXCHANGE, own * (heads + sum(s.traded(keys) for s in self.others)) * unit)
-            kept += own * heads * unit
-        self.ledger.drop(EXCHANGE)
-        self.ledger.take(what, kept)
+            moving.take(EXCHANGE, own * others * tensor.unit)
+            moving.take(EXCHANGE, 0 if self.leased or in_place else (rows - own) * heads * tensor.unit)
+        yield
+        moving.close()
 
 
-def forward_peak(plan: Plan, shape: Shape, sinks: bool = False, lse: bool = False, leased: bool = False) -> Peak:
-    """The peak of `autograd.forward_loop`, inputs and results included.
+def _of_one_group(plan: Plan, groups: int | None) -> tuple[Plan, int]:
+    """The plan of each group of heads, and how many there are: by default as many as the plan's key says."""
+    groups = plan.key.groups if groups is None else groups
+    return (plan if groups == 1 else make_plan(plan.key.of_one_group(groups))), groups
 
-    lse: whether the caller gets it. leased: without what symmetric memory holds for it.
+
+def _in_groups(walks: Sequence[Iterator[None]], trades: bool) -> None:
+    """The walks of all groups of heads, in the order of `autograd.in_groups`. Where heads are traded, a walk yields when they are
+    on their way in, and again when results are on their way home."""
+    if not trades:
+        for walk in walks:
+            next(walk, None)
+        return
+    next(walks[0])
+    for i, walk in enumerate(walks):
+        if i + 1 < len(walks):
+            next(walks[i + 1])
+        next(walk)
+        if i:
+            next(walks[i - 1], None)
+    next(walks[-1], None)
+
+
+def forward_peak(
+    plan: Plan, shape: Shape, sinks: bool = False, lse: bool = False, leased: bool = False, groups: int | None = None
+) -> Peak:
+    """The peak of `autograd.forward_in_groups`, inputs and results included.
+
+    lse: whether the caller gets it. leased: without what symmetric memory holds for it. groups: of heads; None: as many as the
+    plan's key says.
     """
-    ledger, row = Ledger(), Rows.of(plan, shape)
-    e, acc = shape.dtype_bytes * shape.batch, shape.acc_bytes * shape.batch
-    heads, kv_heads = plan.key.heads, plan.key.kv_heads
-    own_q, own_k = plan.q_lengths[plan.member], plan.k_lengths[plan.member]
-    ledger.take(INPUTS, (own_q * heads * shape.head_dim + own_k * kv_heads * shape.dims) * e)
-    exchange = _ExchangeWalk(plan, ledger, shape.batch)
-    if len(plan.shares) > 1:
-        exchange.enter(EXCHANGED, [(shape.head_dim * e, False), (shape.head_dim * e, True), (shape.head_dim_v * e, True)])
+    part, groups = _of_one_group(plan, groups)
+    ledger, trades, call = Ledger(), len(plan.shares) > 1, Demand(shape, False, sinks, lse, leased)
+    own = Own.of(plan, shape)
+    ledger.take(INPUTS, own.q + own.kv)
+    if groups > 1:
+        ledger.take(RESULTS, own.out + (own.lse if lse or not trades else 0))
+    walks = [_forward(part, call, ledger, groups > 1) for _ in range(groups if trades else 1)]
+    _in_groups(walks, trades)
+    return ledger.peak()
+
+
+def _forward(plan: Plan, call: Demand, room: Ledger, grouped: bool) -> Iterator[None]:
+    """`autograd.forward_loop`. grouped: whether there is room already for the results of all groups."""
+    shape, loop, own = call.shape, Ledger(room), Own.of(plan, call.shape)
+    exchange = _ExchangeWalk(plan, room, shape.batch, call.symmetric)
+    if len(plan.shares) == 1:
+        _forward_steps(plan, call, loop)
+        loop.close()
+        return
+    yield from exchange.enter(loop, EXCHANGED, _traded(plan, shape, True, False, call.lse))
+    steps = Ledger(loop)
+    _forward_steps(plan, call, steps)
+    steps.close(RESULTS)
+    if not grouped:
+        room.take(RESULTS, own.out + (own.lse if call.lse else 0))
+    alone = shape.batch == 1
+    rows_first = [alone, alone and plan.share.q_heads == 1]
+    leaving = _traded(plan, shape, False, False, call.lse)
+    yield from exchange.leave(leaving, rows_first[: len(leaving)])
+    loop.close(EXCHANGED, RESULTS)  # which are saved
+
+
+def _forward_steps(plan: Plan, call: Demand, loop: Ledger) -> None:
+    """The steps of a forward pass: running state, stages, out and lse."""
+    shape, row = call.shape, Rows.of(plan, call.shape)
     direct, last_call, settled = calls_of(plan, shape.settle_rows)
     rounded = shape.acc_bytes != shape.dtype_bytes
-    state = sinks or not direct
+    state = call.sinks or not direct
     if state:
-        ledger.take(STATE, plan.q_len * row.out_acc)
-        ledger.take(RESULTS, plan.q_len * row.lse)
+        loop.take(STATE, plan.q_len * row.out_acc)
+        loop.take(RESULTS, plan.q_len * row.lse)
     if settled:
-        ledger.take(RESULTS, plan.q_len * row.out)
-    stages = _StagesWalk(plan, ledger, row.moved, leased=leased)
+        loop.take(RESULTS, plan.q_len * row.out)
+    stages = _StagesWalk(plan, loop, row.moved, leased=call.symmetric)
     for n, step in enumerate(plan.steps):
         stages.arrive(n)
         stages.post(n)
         for part in step.parts if direct else ():
             last = part is last_call and not settled
             if not state:
-                ledger.take(RESULTS, plan.q_len * row.lse)
-                ledger.take(RESULTS if last else STATE, plan.q_len * (row.out if last else row.out_acc))
+                loop.take(RESULTS, plan.q_len * row.lse)
+                loop.take(RESULTS if last else STATE, plan.q_len * (row.out if last else row.out_acc))
                 state = True
             elif last and rounded:
-                ledger.take(RESULTS, plan.q_len * row.out)
+                loop.take(RESULTS, plan.q_len * row.out)
         stages.release(n)
     if not direct and rounded:
-        ledger.take(RESULTS, plan.q_len * row.out)
-    if len(plan.shares) > 1:
-        leaving = [
-            (shape.head_dim_v * e, False, heads, shape.batch == 1),
-            *([(acc, False, heads, plan.share.q_heads == 1 == shape.batch)] if lse else []),
-        ]
-        exchange.leave(RESULTS, leaving)
-    return ledger.peak()
+        loop.take(RESULTS, plan.q_len * row.out)
+    if loop.live[STATE] and not rounded and not settled:  # is the result
+        loop.drop(STATE)
+        loop.take(RESULTS, plan.q_len * row.out)
 
 
 def _is_only_call(plan: Plan) -> bool:
-    """Whether a backward pass is one kernel call on whole tensors, so that a OneCallKernel takes its short way. That may do
-    without float32 dk and dv, which the walk has all the same."""
+    """Whether a backward pass is one kernel call on whole tensors, of which nothing is added up afterwards: a OneCallKernel takes
+    its short way then. That may do without float32 dk and dv, which the walk has all the same."""
     parts = [part for step in plan.steps for part in step.parts]
-    return len(plan.steps) == len(parts) == plan.rings == len(plan.shares) == 1 and parts[0].q_view == parts[0].k_view == (0, 1)
+    one = len(plan.steps) == len(parts) == plan.rings == 1 and not plan.shares_keys and plan.share.q_heads > 0
+    return one and parts[0].q_view == parts[0].k_view == (0, 1)
 
 
-def backward_peak(plan: Plan, shape: Shape, dlse: bool = False, leased: bool = False) -> Peak:
-    """The peak of `autograd.backward_loop`: what forward saved, the incoming gradients, and the results included.
+def backward_peak(plan: Plan, shape: Shape, dlse: bool = False, leased: bool = False, groups: int | None = None) -> Peak:
+    """The peak of `autograd.backward_in_groups`: with the caller's tensors and the results, what forward saved, and the incoming
+    gradients. plan: of the forward pass.
 
-    leased: without what symmetric memory holds for it.
+    leased: without what symmetric memory holds for it. groups: of heads; None: as many as the plan's key says.
     """
-    plan = shape.backward(plan)
-    ledger, row = Ledger(), Rows.of(plan, shape)
-    e, acc = shape.dtype_bytes * shape.batch, shape.acc_bytes * shape.batch
-    heads, kv_heads = plan.key.heads, plan.key.kv_heads
-    own_q = plan.q_lengths[plan.member]
+    part, groups = _of_one_group(plan, groups)
+    ledger, trades, call = Ledger(), len(plan.shares) > 1, Demand(shape, True, False, dlse, leased)
+    own = Own.of(plan, shape)
+    ledger.take(INPUTS, own.q + own.kv)
+    ledger.take(RESULTS, own.out + (own.lse if dlse or not trades else 0))
+    if trades:
+        ledger.take(EXCHANGED, _exchanged_bytes(part, shape) * groups)
+    ledger.take(GRADS_IN, own.out + (own.lse if dlse else 0))
+    if groups > 1:
+        ledger.take(GRADS_OUT, own.q + own.kv)
+    walks = [_backward(part, call, ledger, groups > 1) for _ in range(groups if trades else 1)]
+    _in_groups(walks, trades)
+    return ledger.peak()
+
+
+def _backward(plan: Plan, call: Demand, room: Ledger, grouped: bool) -> Iterator[None]:
+    """`autograd.backward_loop`. grouped: whether there is room already for the results of all groups."""
+    shape, loop, trades, shared = call.shape, Ledger(room), len(plan.shares) > 1, plan.shares_keys
+    only, plan = shape.one_call and _is_only_call(plan), shape.backward(plan)
+    row, own, alone = Rows.of(plan, shape), Own.of(plan, shape), shape.batch == 1
     rounded = shape.acc_bytes != shape.dtype_bytes
-    ledger.take(INPUTS, plan.q_len * row.q + plan.k_len * row.kv)
-    ledger.take(RESULTS, plan.q_len * (row.out + row.lse))
-    ledger.take(GRADS_IN, own_q * heads * (shape.head_dim_v * e + (acc if dlse else 0)))
-    exchange = _ExchangeWalk(plan, ledger, shape.batch)
-    if len(plan.shares) > 1:
-        exchange.enter(GRADS_IN, [(shape.head_dim_v * e, False), *([(acc, False)] if dlse else [])])
-    ledger.take(GRADS_IN, plan.q_len * row.lse)
-    turned = plan.key.travels == "q"
+    exchange, steps = _ExchangeWalk(plan, room, shape.batch, call.symmetric), Ledger(loop)
+    if trades:
+        yield from exchange.enter(steps, GRADS_IN, _traded(plan, shape, True, True, call.lse))
+    if call.lse and (trades or (grouped and not alone)):  # made contiguous
+        steps.take(GRADS_IN, plan.q_len * row.lse)
+    if call.lse and trades:
+        steps.drop(GRADS_IN, plan.q_len * row.lse)
+    steps.take(GRADS_IN, plan.q_len * row.lse)  # delta
+    _backward_steps(plan, call, steps, only)
+    if rounded:
+        loop.take(GRADS_OUT, plan.q_len * row.q)
+    if rounded and not shared:
+        loop.take(GRADS_OUT, plan.k_len * row.kv)
+    steps.close()
+    if not rounded:
+        loop.take(GRADS_OUT, plan.q_len * row.q)
+    if shared or not rounded:
+        loop.take(GRADS_OUT, plan.k_len * row.kv_acc)
+    if trades:
+        if shared or not grouped:
+            loop.take(GRADS_OUT, own.q + (own.kv_acc if shared else own.kv))
+        turned = plan.key.travels == "q" and not only
+        # What came home stands sequence first already, if it is one tensor; so it does once it is rounded.
+        of_keys = alone if turned or only else rounded and not shared
+        yield from exchange.leave(_traded(plan, shape, False, True, call.lse), [turned or alone, of_keys, of_keys])
+    loop.close()  # shared key heads are rounded after it: less than what had arrived
+
+
+def _backward_steps(plan: Plan, call: Demand, ledger: Ledger, only_call: bool) -> None:
+    """The steps of a backward pass: gradients as they are accumulated, stages, and what a kernel needs."""
+    shape, leased, row, turned = call.shape, call.symmetric, Rows.of(plan, call.shape), plan.key.travels == "q"
     ledger.take(STATE, plan.k_len * row.kv_acc if turned else plan.q_len * row.q_acc)
     stages = _StagesWalk(plan, ledger, row.moved, 2 * row.lse if turned else 0, leased)
     home = _HomeWalk(plan, ledger, row.home, leased)
-    portions = shape.portions(_is_only_call(plan))
+    portions = shape.portions(only_call)
     home.gradients(0)
     for n, step in enumerate(plan.steps):
         stages.arrive(n)
@@ -361,65 +512,54 @@ def backward_peak(plan: Plan, shape: Shape, dlse: bool = False, leased: bool = F
     home.receive(len(plan.steps))
     home.post(len(plan.steps))
     home.receive()
-    if rounded:
-        ledger.take(GRADS_OUT, plan.q_len * row.q)
-    if len(plan.shares) > 1:
-        alone = shape.batch == 1  # what came home stands sequence first already
-        leaving = [
-            (shape.head_dim * e, False, heads, turned or alone),
-            (shape.head_dim * acc, True, kv_heads, turned and alone),
-            (shape.head_dim_v * acc, True, kv_heads, turned and alone),
-        ]
-        exchange.leave(GRADS_OUT, leaving)
-        if rounded:
-            ledger.take(GRADS_OUT, plan.k_lengths[plan.member] * kv_heads * shape.dims * e)
-    elif rounded:
-        ledger.take(GRADS_OUT, plan.k_len * row.kv)
-    return ledger.peak()
+
+
+def _exchanged_bytes(part: Plan, shape: Shape) -> int:
+    """What one group of traded heads keeps for the backward pass: q, k, v, out and log-sum-exp of the own ones."""
+    row = Rows.of(part, shape)
+    return part.q_len * (row.q + row.out + row.lse) + part.k_len * row.kv
 
 
 def tensor_bytes(plan: Plan, shape: Shape, backward: bool = True) -> int:
     """What the caller has anyway on this rank: q, k, v, out, log-sum-exp; with ``backward`` also gradients of the first four."""
-    q, k = plan.q_lengths[plan.member], plan.k_lengths[plan.member]
-    rows = q * plan.key.heads * (shape.head_dim + shape.head_dim_v) + k * plan.key.kv_heads * shape.dims
-    return shape.batch * (rows * shape.dtype_bytes * (2 if backward else 1) + q * plan.key.heads * shape.acc_bytes)
+    own = Own.of(plan, shape)
+    return (own.q + own.kv + own.out) * (2 if backward else 1) + own.lse
 
 
-def symmetric_bytes(plan: Plan, shape: Shape, backward: bool = True) -> int:
-    """What the transport "symmetric" holds all the time, outside torch's allocator: two buffers of chunks, two of gradients."""
-    if len(plan.steps) == 1:
-        return 0
-    e, back = shape.dtype_bytes, shape.backward(plan)
-    chunks = buffer_bytes(plan, "chunks", (shape.batch, shape.dims), e)
+def symmetric_bytes(plan: Plan, shape: Shape, backward: bool = True, lse: bool = False, groups: int | None = None) -> int:
+    """What the transport "symmetric" holds all the time, outside torch's allocator: two buffers of chunks, two of gradients, and
+    two of what members pack for each other in an exchange of heads.
+
+    groups: of heads; None: as many as the plan's key says.
+    """
+    part, _ = _of_one_group(plan, groups)
+    most = 0
+    if len(plan.shares) > 1:
+        ways = [(entering, returning) for entering in (True, False) for returning in (False, True)[: 1 + backward]]
+        most = max(largest_pack(part, way[0], _traded(part, shape, *way, lse)) for way in ways)
+    heads = -(-most // 1024) * 1024
+    if len(part.steps) == 1:
+        return BUFFERS * heads
+    e, back = shape.dtype_bytes, shape.backward(part)
+    chunks = buffer_bytes(part, "chunks", (shape.batch, shape.dims), e)
     if not backward:
-        return BUFFERS * chunks
+        return BUFFERS * (heads + chunks)
     there, home = shape.dims, shape.dims
     if back.key.travels == "q":
         there, home = query_row_bytes(shape.dims, e) // e, shape.head_dim
     chunks = max(chunks, buffer_bytes(back, "chunks", (shape.batch, there), e))
-    return BUFFERS * (chunks + buffer_bytes(back, "gradients", (shape.batch, home), shape.acc_bytes))
-
-
-@dataclass(frozen=True)
-class Demand:
-    """What else than the plan decides how much memory a call takes."""
-
-    shape: Shape = Shape()
-    backward: bool = True
-    sinks: bool = False
-    lse: bool = False
-    """Whether the caller gets the log-sum-exp, and may differentiate it."""
-    symmetric: bool = False
-    """Whether the transport holds memory of its own outside torch's allocator."""
+    return BUFFERS * (heads + chunks + buffer_bytes(back, "gradients", (shape.batch, home), shape.acc_bytes))
 
 
 def lean_bytes(plan: Plan, call: Demand) -> int:
     """What is little beyond a call's tensors: a tenth of them, and 1.1 times two of the world's longest stages (what transports
-    hold is as large on all ranks). And the partial sums of a kernel, which nothing that a budget decides makes fewer."""
-    row = plan.share.kv_heads * call.shape.dims * call.shape.dtype_bytes
-    stage = plan.longest_stage() * row
-    portions = call.shape.portions(_is_only_call(plan)) if call.backward else 0
-    return (tensor_bytes(plan, call.shape, call.backward) + 11 * 2 * stage * call.shape.batch) // 10 + portions
+    hold is as large on all ranks). And what nothing that a budget decides makes less: the partial sums of a kernel, and what
+    ranks that trade heads keep of them."""
+    (part, groups), shape = _of_one_group(plan, None), call.shape
+    stage = plan.longest_stage() * plan.share.kv_heads * shape.dims * shape.dtype_bytes * shape.batch
+    portions = shape.portions(shape.one_call and _is_only_call(part)) if call.backward else 0
+    kept = groups * _exchanged_bytes(part, shape) if len(plan.shares) > 1 else 0
+    return (tensor_bytes(plan, shape, call.backward) + 11 * 2 * stage) // 10 + portions + kept
 
 
 class Frugality(NamedTuple):
@@ -429,10 +569,13 @@ class Frugality(NamedTuple):
     groups: int
 
 
-def frugalities(rows: int, rings: int, k_len: int, kv_heads: int, ulysses: int, auto: bool) -> tuple[Frugality, ...]:
+def frugalities(
+    rows: int, rings: int, k_len: int, kv_heads: int, ulysses: int, auto: bool, groups: int = 1
+) -> tuple[Frugality, ...]:
     """Ever thriftier ways to compute the same: first smaller stages, down to one chunk, then the heads in more groups.
 
-    rows: what "auto" fills a stage to if nothing is asked for. Members of a head exchange have their share of heads anyway.
+    rows, groups: what "auto" fills a stage to, and the groups of heads, if nothing is asked for. Members of a head exchange each
+    keep a key head of every group.
     """
     chunk = -(-k_len // rings)
     stages = [rows]
@@ -441,27 +584,19 @@ def frugalities(rows: int, rings: int, k_len: int, kv_heads: int, ulysses: int, 
         chunks //= 2
         if (fewer := (chunks - 1) * chunk + 1) < stages[-1]:
             stages.append(fewer)
-    divisors = [n for n in range(1, max(kv_heads, 1) + 1) if kv_heads % n == 0] if ulysses == 1 else [1]
-    return tuple(Frugality(stage, groups) for groups in divisors for stage in stages)
+    own = kv_heads // ulysses if kv_heads % ulysses == 0 else 1
+    more = [n for n in range(groups + 1, own + 1) if own % n == 0]
+    return tuple(Frugality(stage, n) for n in (groups, *more) for stage in stages)
 
 
-def extra_bytes(plan: Plan, call: Demand, groups: int = 1) -> int:
-    """The most that the passes take beyond `tensor_bytes`: running state, stages, and what the transport holds.
+def extra_bytes(plan: Plan, call: Demand, groups: int | None = None) -> int:
+    """The most that the passes take beyond `tensor_bytes`: running state, stages, traded heads, and what the transport holds.
 
-    groups: of heads, computed one after the other (autograd.py). All of it is then of one group, and so are results before they
-    are put where they belong.
+    groups: of heads (autograd.py); None: as many as the plan's key says.
     """
-    part, shape = plan, call.shape
-    if groups > 1:
-        part = make_plan(replace(plan.key, heads=plan.key.heads // groups, kv_heads=plan.key.kv_heads // groups))
-    forward = forward_peak(part, shape, call.sinks, call.lse, call.symmetric).total - tensor_bytes(part, shape, False)
-    if groups > 1:  # a group's out and lse
-        forward += shape.batch * part.q_len * part.key.heads * (shape.head_dim_v * shape.dtype_bytes + shape.acc_bytes)
-    most = forward
+    shape = call.shape
+    forward = forward_peak(plan, shape, call.sinks, call.lse, call.symmetric, groups).total
+    most = max(forward - tensor_bytes(plan, shape, False), 0)
     if call.backward:
-        back = backward_peak(part, shape, call.lse, call.symmetric)
-        most = max(most, back.total - tensor_bytes(part, shape))
-        if groups > 1:  # a group's dq, dk, dv
-            own = part.key.heads * shape.head_dim * part.q_len + part.key.kv_heads * shape.dims * part.k_len
-            most = max(most, back.total - tensor_bytes(part, shape) + shape.batch * shape.dtype_bytes * own)
-    return max(most, 0) + (symmetric_bytes(part, shape, call.backward) if call.symmetric else 0)
+        most = max(most, backward_peak(plan, shape, call.lse, call.symmetric, groups).total - tensor_bytes(plan, shape))
+    return most + (symmetric_bytes(plan, shape, call.backward, call.lse, groups) if call.symmetric else 0)

@@ -304,23 +304,24 @@ def _pass_label(forecasts: Sequence[Forecast], name: str, backward: bool) -> tup
 
 
 def _draw_pass(axes: Any, times: PassForecast, y: int, offset: float, colour: FloatArray, crowded: bool, least: float) -> None:
-    """One rank's pass: computing above, waiting hatched, what is under way in two thin lines below."""
+    """One rank's pass: computing above, all else hatched (waiting, copying heads), what is under way in two thin lines below."""
     n_steps = len(times.steps)
     bars, faces, waits = [], [], []
-    for n, step in enumerate(times.steps):
-        start = offset + step.start_s + step.wait_s
-        if step.wait_s > 0:
-            waits.append((1e3 * (offset + step.start_s), 1e3 * step.wait_s))
-        if step.compute_s > 0:
-            bars.append((1e3 * start, 1e3 * step.compute_s))
+    idle_since = 0.0
+    for group, steps in enumerate(times.groups):
+        for n, step in ((n, step) for n, step in enumerate(steps) if step.compute_s > 0):
+            start = step.start_s + step.wait_s
+            waits.append((idle_since, start - idle_since))
+            idle_since = start + step.compute_s
+            bars.append((1e3 * (offset + start), 1e3 * step.compute_s))
             faces.append(_paled(colour, np.array(n), n_steps))
             if step.compute_s > least and not crowded:
                 ink = "white" if faces[-1] @ (0.3, 0.6, 0.1) < 0.55 else INK
-                middle = 1e3 * (start + step.compute_s / 2)
-                axes.text(middle, y - 0.09, str(n), ha="center", va="center", fontsize=8, color=ink, zorder=4)
-    if times.tail_s > 0:
-        end = offset + times.total_s - times.leave_s
-        waits.append((1e3 * (end - times.tail_s), 1e3 * times.tail_s))
+                middle = 1e3 * (offset + start + step.compute_s / 2)
+                text = _number(n, n_steps, group, len(times.groups))
+                axes.text(middle, y - 0.09, text, ha="center", va="center", fontsize=8, color=ink, zorder=4)
+    waits.append((idle_since, times.total_s - idle_since))
+    waits = [(1e3 * (offset + start), 1e3 * length) for start, length in waits if length > 1e-9 * times.total_s]
     across = (y - 0.46, 0.92) if crowded else (y - 0.4, 0.62)
     axes.broken_barh(bars, across, facecolors=faces, edgecolor="white", linewidth=0 if crowded or n_steps > 32 else 0.4, zorder=3)
     look: dict[str, Any] = (
@@ -333,13 +334,24 @@ def _draw_pass(axes: Any, times: PassForecast, y: int, offset: float, colour: Fl
             axes.broken_barh(spans, (y + low, 0.07), facecolor=shade, edgecolor=shade, linewidth=0.6, zorder=3)
 
 
+def _number(step: int, n_steps: int, group: int, n_groups: int) -> str:
+    """What stands in a bar: the step, of the only group of heads, or the group."""
+    if n_groups == 1:
+        return str(step)
+    return str(group) if n_steps == 1 else f"{group}.{step}"
+
+
 def _legend(axes: Any, forecasts: Sequence[Forecast], colour: Any) -> None:
     from matplotlib.patches import Patch
 
     crowded = len(forecasts) > CROWDED
-    flown = {flight.what for f in forecasts for p in (f.forward, f.backward) for flight in p.flights}
-    entries = [Patch(facecolor=colour, label="computing (paler: a later step)")]
-    if any(p.exposed_s > 0 for f in forecasts for p in (f.forward, f.backward)):
+    passes = [p for f in forecasts for p in (f.forward, f.backward)]
+    words = "paler: a later step"
+    if len(passes[0].groups) > 1 and not crowded:
+        words = "group of heads" if all(len(p.steps) == 1 for p in passes) else "group of heads.step"
+    entries = [Patch(facecolor=colour, label=f"computing ({words})")]
+    flown = {flight.what for p in passes for flight in p.flights}
+    if any(p.exposed_s > 0 for p in passes):
         look: dict[str, Any] = {"facecolor": IDLE} if crowded else {"facecolor": "white", "edgecolor": SOFT, "hatch": "//////"}
         entries.append(Patch(label="waiting", **look))
     for what, shade, label in (

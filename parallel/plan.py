@@ -150,6 +150,12 @@ class Plan:
     def share(self) -> HeadShare:
         return self.shares[self.member]
 
+    @cached_property
+    def shares_keys(self) -> bool:
+        """Whether some key head's gradient is a sum over Ulysses members, as it is wherever one of them lays keys out per query
+        head."""
+        return sum(share.traded(keys=True) for share in self.shares) > self.key.kv_heads
+
     def peer(self, rank: int) -> int:
         """The group rank of a ring rank: the one with the same heads."""
         return rank * self.key.schedule.ulysses + self.member
@@ -312,7 +318,7 @@ def steps_of(key: PlanKey) -> IntArray:
 @lru_cache(maxsize=512)
 def make_plan(key: PlanKey) -> Plan:
     """The plan of one rank. Cached: every layer and every pass with the same key uses the same object."""
-    ulysses = key.schedule.ulysses
+    ulysses, _ = key.schedule.ulysses, key.groups  # which raises
     rank, member = divmod(key.rank, ulysses)
     world = world_of(replace(key, rank=0))
     rings, together, pieces = world.rings, world.together, world.pieces

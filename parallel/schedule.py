@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 SCHEDULES = ("auto", "ring", "allgather", "staged", "ulysses", "hybrid", "double_ring")
 
@@ -13,6 +13,11 @@ anything. Measured on 4 H200 without it: 10 of 50 ms waiting for the last gradie
 
 
 TRAVELS = ("auto", "kv", "q")
+
+
+MOST_GROUPS, GROUP_ROWS = 4, 65_536
+"""Ranks that trade all their heads do so in up to four groups, if each leaves a rank so many rows of query heads: four rounds of
+a GPU's tiles. One group is on its way while another is computed; more groups would hide little more."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,8 @@ class Schedule:
     pieces    in which chunks travel, one after the other, each a step of its own; 0 decides by size (double_ring, else 1).
     local_last  in a backward pass a part of the local chunk is computed last, while the last gradients travel home, where chunks
               have at least so many rows.
+    head_groups  groups of heads that are traded and computed one after the other, one on its way while another is computed; 0
+              decides by size (with a head exchange over all ranks, else 1).
     travels   in the backward pass: "kv" (K and V, and their gradients home), "q" (Q, dO and what belongs to their rows, and dQ
               home), or "auto": whichever is fewer bytes.
     """
@@ -42,6 +49,7 @@ class Schedule:
     pieces: int = 0
     local_last: int = LOCAL_LAST
     travels: str = "auto"
+    head_groups: int = 0
 
     def __post_init__(self) -> None:
         if self.travels not in TRAVELS:
@@ -53,7 +61,8 @@ class Schedule:
 
 
 def make_schedule(spec: str | Schedule, world: int, ulysses: int = 1, inner: int | None = None) -> Schedule:
-    """The schedule of a name ("ring", "allgather", "staged:3", "ulysses", "hybrid", "double_ring", "auto") for a world.
+    """The schedule of a name ("ring", "allgather", "staged:3", "ulysses", "ulysses:2", "hybrid", "double_ring", "auto") for a
+    world.
 
     ulysses: degree of the head exchange for "hybrid" (and, if above 1, for any other). inner: group size of "double_ring".
     Raises ValueError for unknown names and for degrees that do not divide the world.
@@ -62,8 +71,12 @@ def make_schedule(spec: str | Schedule, world: int, ulysses: int = 1, inner: int
         schedule = spec
     else:
         name, _, argument = spec.partition(":")
-        if name not in SCHEDULES or (argument and (name != "staged" or not argument.isdigit() or int(argument) < 1)):
-            raise ValueError(f'unknown schedule {spec!r}; allowed are {", ".join(SCHEDULES)}, "staged:K" or a Schedule object')
+        counted = name in ("staged", "ulysses") and argument.isdigit() and int(argument) > 0
+        if name not in SCHEDULES or (argument and not counted):
+            raise ValueError(
+                f"unknown schedule {spec!r}; allowed are {', '.join(SCHEDULES)}, "
+                '"staged:K" (K chunks a stage), "ulysses:K" (heads in K groups) or a Schedule object'
+            )
         if name == "ulysses":
             if ulysses not in (1, world):
                 raise ValueError(
@@ -83,10 +96,12 @@ def make_schedule(spec: str | Schedule, world: int, ulysses: int = 1, inner: int
         stage = {"allgather": max(rings - 1, 1), "staged": int(argument or 2)}.get(name, 1)
         kind = name if name in ("allgather", "staged", "double_ring") else "ring"
         schedule = Schedule(kind, stage, ulysses, inner if name == "double_ring" and inner else 1)
+        if name == "ulysses" and argument:
+            schedule = replace(schedule, head_groups=int(argument))
     if schedule.ulysses < 1 or world % schedule.ulysses:
         raise ValueError(f"ulysses={schedule.ulysses} does not divide the {world} ranks")
     if schedule.inner < 1 or (world // schedule.ulysses) % schedule.inner:
         raise ValueError(f"inner={schedule.inner} does not divide the {world // schedule.ulysses} ranks of the ring")
-    if schedule.stage < 1 or schedule.rows < 0 or schedule.pieces < 0:
-        raise ValueError(f"a stage needs at least one chunk; rows and pieces cannot be negative; got {schedule}")
+    if schedule.stage < 1 or min(schedule.rows, schedule.pieces, schedule.head_groups) < 0:
+        raise ValueError(f"a stage needs at least one chunk; rows, pieces and head_groups cannot be negative; got {schedule}")
     return schedule

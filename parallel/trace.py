@@ -18,11 +18,12 @@ from typing import NamedTuple
 
 import torch
 
-COMPUTE, CHUNKS, GRADIENTS = "compute", "chunks", "gradients"
-"""Lanes: the stream that computes, the one that fetches keys and values, the one that brings gradients home."""
+COMPUTE, CHUNKS, GRADIENTS, HEADS = "compute", "chunks", "gradients", "heads"
+"""Lanes: the stream that computes, the one that fetches keys and values, the one that brings gradients home, and the one that
+fetches heads that ranks trade, both ways."""
 
 FORWARD, BACKWARD, COPY, PACK, ADD, WAIT = "forward", "backward", "copy", "pack", "add", "wait"
-"""What a lane does: kernels of the two passes, transfers, packing the own chunk, adding gradients that arrived, waiting."""
+"""What a lane does: kernels of the two passes, transfers, packing what leaves, adding gradients that arrived, waiting."""
 
 
 class Span(NamedTuple):

@@ -17,7 +17,7 @@ import numpy as np
 from ringflash.mask import Bands, Mask
 from ringflash.parallel.layout import Layout
 from ringflash.parallel.lower import Lowered, Ranges, Runs, lower, reach, runs_of
-from ringflash.parallel.schedule import Schedule
+from ringflash.parallel.schedule import GROUP_ROWS, MOST_GROUPS, Schedule
 from ringflash.slices import IntArray, area
 
 TILE = 128
@@ -70,6 +70,34 @@ class PlanKey:
     def shift(self) -> int:
         """The position of the first query: queries stand at the end of the keys."""
         return self.k_layout.seqlen - self.q_layout.seqlen
+
+    @property
+    def groups(self) -> int:
+        """Groups of heads, one after the other, if no memory budget asks for more. Raises ValueError if that many cannot be."""
+        schedule = self.schedule
+        if schedule.head_groups:
+            if self.kv_heads % schedule.head_groups:
+                raise ValueError(
+                    f"head_groups={schedule.head_groups} does not divide the {self.kv_heads} key heads; "
+                    "use a number that does, or 0"
+                )
+            if schedule.head_groups > 1 and self.heads // schedule.head_groups < schedule.ulysses:
+                raise ValueError(
+                    f"head_groups={schedule.head_groups} leaves some of the {schedule.ulysses} ranks that trade heads none of a "
+                    f"group's {self.heads // schedule.head_groups} query heads; use fewer groups, or 0"
+                )
+            return schedule.head_groups
+        if schedule.ulysses == 1 or schedule.ulysses < self.world or self.kv_heads % schedule.ulysses:
+            return 1
+        rows = self.q_layout.seqlen * (self.heads // schedule.ulysses)
+        own = self.kv_heads // schedule.ulysses
+        return max(n for n in range(1, MOST_GROUPS + 1) if n == 1 or (own % n == 0 and rows // n >= GROUP_ROWS))
+
+    def of_one_group(self, groups: int) -> PlanKey:
+        """The key of a part of the heads."""
+        assert self.heads % groups == 0 == self.kv_heads % groups
+        schedule = replace(self.schedule, head_groups=1)
+        return replace(self, heads=self.heads // groups, kv_heads=self.kv_heads // groups, schedule=schedule)
 
     def moving(self) -> tuple[Layout, Layout]:
         """The layouts, over the ring's ranks, of what stays and of what travels."""

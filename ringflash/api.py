@@ -145,7 +145,7 @@ def demand(call: Call, kernel: Kernel, symmetric: bool = False) -> Demand:
     extras = kernel.extras
     shape = Shape(
         call.q_shape[0], call.q_shape[3], call.v_shape[3], call.dtype.itemsize, extras.delta, extras.settle_rows,
-        call.deterministic, extras.portion_bytes, extras.turn_rows,
+        call.deterministic, extras.portion_bytes, extras.turn_rows, extras.one_call,
     )  # fmt: skip
     return Demand(shape, call.needs_grad, call.sinks, call.with_lse, symmetric)
 
@@ -175,9 +175,9 @@ def _prepare(call: Call, cp: ContextParallel, lengths: tuple[int, int]) -> tuple
     if cp.relays:  # its lanes over slow links are made once for each timeout, by all ranks together
         facts["timeout_s"] = str(cp.timeout_s)
     cp.agreement.agree(facts)
-    groups = 1
+    groups = plan.key.groups
     if cp.memory_budget is not None:  # the ranks' choices mean the same only now
-        rows, groups = cp.frugalities(k_len, call.k_shape[2])[cp.afford(affordable)]
+        rows, groups = cp.frugalities(plan)[cp.afford(affordable)]
         plan = cp.plan(*whose, rows)
     env.logger("plan").debug("%s", ", ".join(f"{name}: {value}" for name, value in facts.items()))
     return plan, kernel, groups

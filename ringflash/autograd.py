@@ -2,15 +2,17 @@
 
 The loops are generators. They yield wherever a rank waits for others, so that one process can run a whole simulated world by
 taking turns between its ranks (`take_turns`); a real rank simply runs its own loop to the end. World size 1 is the same loop
-with one step.
+with one step. Heads may go through the loops in groups (`in_groups`), for less memory, or so that one group's exchange is hidden
+by another's kernels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import islice
 from typing import Any, TypeVar, cast
 
 import torch
@@ -21,13 +23,16 @@ from ringflash.kernels import Kernel, OneCallKernel, Settle, leaving
 from ringflash.kernels.hopper_backward import delta as rowsum_delta
 from ringflash.kernels.running import accumulate_dtype
 from ringflash.parallel import trace
-from ringflash.parallel.heads import HeadExchange
+from ringflash.parallel.heads import POSTED, HeadExchange
 from ringflash.parallel.lower import Part, View
 from ringflash.parallel.plan import Plan, make_plan
 from ringflash.parallel.transport import Homecoming, Stages, Transport
 from ringflash.parallel.work import calls_of
 
 T = TypeVar("T")
+
+Turns = Generator[Any, None, T]
+"""A loop: yields POSTED after an exchange of heads was posted, None wherever else it is about to wait for others."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,18 @@ class Job:
     tracked: bool = True
     """Whether gradients can be asked for."""
     groups: int = 1
-    """Groups of heads that go through the loop one after the other: what a pass holds besides its tensors is so much smaller."""
+    """Groups of heads that go through the loop one after the other: what a pass holds besides its tensors is so much smaller, and
+    where heads are traded, one group is on its way while another is computed."""
+
+    @property
+    def trades(self) -> bool:
+        """Whether ranks trade heads for sequence."""
+        return self.plan.key.schedule.ulysses > 1
+
+    @property
+    def parts(self) -> int:
+        """How many Saved there are: traded heads are kept by group, as they came."""
+        return self.groups if self.trades else 1
 
 
 @dataclass
@@ -69,8 +85,11 @@ N_SAVED = 6
 Results = tuple[Tensor, Tensor | None, Saved]
 """Of a forward loop: out, lse (None where nobody asked for what other ranks hold), and what to save."""
 
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None]
+"""dq, dk, dv of the local rows in the inputs' dtype, and this rank's share of dsinks (H,)."""
 
-def take_turns(ranks: Sequence[Generator[None, None, T]]) -> list[T]:
+
+def take_turns(ranks: Sequence[Turns[T]]) -> list[T]:
     """Runs the loops of all ranks hosted here, each to its next yield in turn; returns their results."""
     if len(ranks) == 1:
         while True:
@@ -99,20 +118,35 @@ def _rows(x: Tensor, view: View, dim: int = 1) -> Tensor:
 
 
 def _only_call(plan: Plan) -> Part | None:
-    """The part of a plan whose work is one kernel call on whole local tensors; None for any other plan."""
-    if len(plan.steps) > 1 or len(plan.steps[0].parts) != 1 or plan.rings > 1 or plan.key.schedule.ulysses > 1:
+    """The part of a plan whose work is one kernel call on whole tensors, of which nothing is added up afterwards; None for any
+    other plan."""
+    if len(plan.steps) > 1 or len(plan.steps[0].parts) != 1 or plan.rings > 1 or plan.shares_keys or not plan.share.q_heads:
         return None
     (part,) = plan.steps[0].parts
     return part if part.q_view == part.k_view == (0, 1) else None
 
 
-def forward_loop(job: Job, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Generator[None, None, Results]:
-    """out (B, Sq, H, Dv) and lse (B, H, Sq) of the local rows, and what to save."""
+def forward_loop(
+    job: Job, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, into: tuple[Tensor, Tensor | None] | None = None
+) -> Turns[Results]:
+    """out (B, Sq, H, Dv) and lse (B, H, Sq) of the local rows, and what to save. into: where traded heads' results go."""
+    heads = HeadExchange(job.plan, job.transport)
+    q, k, v = yield from heads.enter([(q, False), (k, True), (v, True)])
+    saved = Saved(q, k, v, *(yield from _forward_steps(job, q, k, v, sinks)), sinks)
+    if not job.trades:
+        return saved.out, saved.lse, saved
+    out, whole_lse = _results_of(job, saved.out, saved.lse) if into is None else into
+    home, targets = [(saved.out, False)], [out]
+    if whole_lse is not None:
+        home.append((_as_wide(saved.lse), False))
+        targets.append(_as_wide(whole_lse))
+    yield from heads.leave(home, targets)
+    return out, whole_lse, saved
+
+
+def _forward_steps(job: Job, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Turns[tuple[Tensor, Tensor]]:
+    """out in q's dtype and lse of the own heads. Stages and running state are gone when these travel home."""
     plan, kernel = job.plan, leaving(job.kernel, job.transport.multiprocessors(job.plan))
-    trades = len(plan.shares) > 1
-    if trades:
-        heads = HeadExchange(plan, job.transport)
-        q, k, v = yield from heads.enter([(q, False), (k, True), (v, True)])
     # Start in the first kernel call and finish in the last, unless calls see only some of the rows (views), or sinks come first:
     # a sink is a running state of its own, output 0 and log-sum-exp of the sink, which some kernels start from by themselves.
     carry: tuple[Tensor, Tensor] | None = None
@@ -158,15 +192,19 @@ def forward_loop(job: Job, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None
     assert carry is not None
     out, lse = carry
     out = out if final is None else final
-    saved = Saved(q, k, v, out if out.dtype == q.dtype else out.to(q.dtype), lse, sinks)
-    if not trades:
-        return saved.out, lse, saved
-    n_heads = plan.key.heads
-    if not job.with_lse:
-        (out,) = yield from heads.leave([(saved.out, False)], [n_heads])
-        return out, None, saved
-    out, wide = yield from heads.leave([(saved.out, False), (lse.transpose(1, 2).unsqueeze(-1), False)], [n_heads, n_heads])
-    return out, wide.squeeze(-1).transpose(1, 2), saved
+    return out if out.dtype == q.dtype else out.to(q.dtype), lse
+
+
+def _results_of(job: Job, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Room for out and lse of all heads of the local rows; no lse where heads are traded and nobody asked for it."""
+    rows, heads = job.plan.q_lengths[job.plan.member], job.plan.key.heads
+    whole = out.new_empty((out.shape[0], rows, heads, out.shape[3]))
+    return whole, lse.new_empty((out.shape[0], heads, rows)) if job.with_lse or not job.trades else None
+
+
+def _as_wide(lse: Tensor) -> Tensor:
+    """(B, H, S) as (B, S, H, 1)."""
+    return lse.transpose(1, 2).unsqueeze(-1)
 
 
 def _initial(q: Tensor, v: Tensor, acc: torch.dtype, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -181,9 +219,7 @@ def _initial(q: Tensor, v: Tensor, acc: torch.dtype, sinks: Tensor | None) -> tu
 @lru_cache(maxsize=1024)
 def _of_one_group(plan: Plan, groups: int) -> Plan:
     """The plan of a part of the heads."""
-    key = plan.key
-    assert key.heads % groups == 0 == key.kv_heads % groups and key.schedule.ulysses == 1
-    return make_plan(replace(key, heads=key.heads // groups, kv_heads=key.kv_heads // groups))
+    return make_plan(plan.key.of_one_group(groups))
 
 
 def _heads(x: Tensor, group: int, groups: int, dim: int = 2) -> Tensor:
@@ -192,62 +228,118 @@ def _heads(x: Tensor, group: int, groups: int, dim: int = 2) -> Tensor:
     return x.narrow(dim, group * n, n)
 
 
-def forward_in_groups(job: Job, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Generator[None, None, Results]:
-    """`forward_loop` of each group of heads in turn."""
+def in_groups(loops: Sequence[Turns[T]], take: Callable[[int, T], None], trades: bool) -> Turns[None]:
+    """Runs the loops of groups of heads one after the other and hands their results on.
+
+    Where heads are traded, a group is on its way in while the one before is computed, and what that one computed is on its way
+    home while the next one is.
+    """
+    if not trades:
+        for i, loop in enumerate(loops):
+            if i:
+                yield
+            take(i, (yield from loop))
+        return
+    next(loops[0])
+    for i, loop in enumerate(loops):
+        if i + 1 < len(loops):
+            next(loops[i + 1])
+        yield
+        while next(loop) is not POSTED:
+            yield
+        if i:
+            take(i - 1, (yield from loops[i - 1]))
+    yield
+    take(len(loops) - 1, (yield from loops[-1]))
+
+
+def forward_in_groups(
+    job: Job, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None
+) -> Turns[tuple[Tensor, Tensor | None, tuple[Saved, ...]]]:
+    """`forward_loop` of all groups of heads."""
     if job.groups == 1:
-        return (yield from forward_loop(job, q, k, v, sinks))
+        out, lse, saved = yield from forward_loop(job, q, k, v, sinks)
+        return out, lse, (saved,)
     n = job.groups
     part = replace(job, plan=_of_one_group(job.plan, n), groups=1)
-    out = q.new_empty((*q.shape[:3], v.shape[3]))
-    lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=accumulate_dtype(q.dtype))
-    for i in range(n):
-        if i:
-            yield
+    lse_like = torch.empty(0, dtype=accumulate_dtype(q.dtype), device=q.device)
+    out, lse = _results_of(job, q.new_empty((q.shape[0], 0, 0, v.shape[3])), lse_like)
+    kept: list[Saved] = []
+
+    def loop(i: int) -> Turns[Results]:
+        into = (_heads(out, i, n), None if lse is None else _heads(lse, i, n, 1)) if job.trades else None
         sinks_i = None if sinks is None else _heads(sinks, i, n, 0)
-        results = yield from forward_loop(part, _heads(q, i, n), _heads(k, i, n), _heads(v, i, n), sinks_i)
-        _heads(out, i, n).copy_(results[0])
-        _heads(lse, i, n, 1).copy_(results[2].lse)
-        del results  # before the next group makes its own
-    return out, lse, Saved(q, k, v, out, lse, sinks)
+        return forward_loop(part, _heads(q, i, n), _heads(k, i, n), _heads(v, i, n), sinks_i, into)
+
+    def take(i: int, results: Results) -> None:
+        if job.trades:
+            kept.extend(results[2:] if job.tracked else ())
+        else:
+            assert lse is not None
+            _heads(out, i, n).copy_(results[0])
+            _heads(lse, i, n, 1).copy_(results[2].lse)
+
+    yield from in_groups([loop(i) for i in range(n)], take, job.trades)
+    if job.trades:
+        return out, lse, tuple(kept)
+    assert lse is not None
+    return out, lse, (Saved(q, k, v, out, lse, sinks),)
 
 
-def backward_in_groups(
-    job: Job, saved: Saved, dout: Tensor | None, dlse: Tensor | None
-) -> Generator[None, None, tuple[Tensor, Tensor, Tensor, Tensor | None]]:
-    """`backward_loop` of each group of heads in turn."""
+def backward_in_groups(job: Job, saved: Sequence[Saved], dout: Tensor | None, dlse: Tensor | None) -> Turns[Gradients]:
+    """`backward_loop` of all groups of heads."""
     if job.groups == 1:
-        return (yield from backward_loop(job, saved, dout, dlse))
-    n = job.groups
+        return (yield from backward_loop(job, saved[0], dout, dlse))
+    n, like = job.groups, saved[0]
     part = replace(job, plan=_of_one_group(job.plan, n), groups=1)
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (saved.q, saved.k, saved.v))
-    dsinks = None if saved.sinks is None else torch.empty_like(saved.sinks)
-    for i in range(n):
-        if i:
-            yield
-        q, k, v, out = (_heads(x, i, n) for x in (saved.q, saved.k, saved.v, saved.out))
-        sinks = None if saved.sinks is None else _heads(saved.sinks, i, n, 0)
-        own = Saved(q, k, v, out, _heads(saved.lse, i, n, 1), sinks)
+    dq, dk, dv = _gradients_of(job, like.q, like.k, like.v)
+    dsinks = None if like.sinks is None else like.sinks.new_empty(job.plan.key.heads)
+
+    def loop(i: int) -> Turns[Gradients]:
+        own, into = saved[i] if job.trades else _group_of(like, i, n), None
+        if job.trades:
+            into = (_heads(dq, i, n), _heads(dk, i, n), _heads(dv, i, n))
         dout_i, dlse_i = None if dout is None else _heads(dout, i, n), None if dlse is None else _heads(dlse, i, n, 1)
-        results = yield from backward_loop(part, own, dout_i, dlse_i)
-        for whole, result in zip((dq, dk, dv), results[:3], strict=True):
+        return backward_loop(part, own, dout_i, dlse_i, into)
+
+    def take(i: int, results: Gradients) -> None:
+        for whole, result in zip((dq, dk, dv), results[:3], strict=True) if not job.trades else ():
             _heads(whole, i, n).copy_(result)
         if dsinks is not None and results[3] is not None:
             _heads(dsinks, i, n, 0).copy_(results[3])
-        del results, result, own  # before the next group makes its own
+
+    yield from in_groups([loop(i) for i in range(n)], take, job.trades)
     return dq, dk, dv, dsinks
 
 
+def _group_of(saved: Saved, i: int, n: int) -> Saved:
+    """A group's heads of what was saved, as views."""
+    q, k, v, out = (_heads(x, i, n) for x in (saved.q, saved.k, saved.v, saved.out))
+    return Saved(q, k, v, out, _heads(saved.lse, i, n, 1), None if saved.sinks is None else _heads(saved.sinks, i, n, 0))
+
+
 def backward_loop(
-    job: Job, saved: Saved, dout: Tensor | None, dlse: Tensor | None
-) -> Generator[None, None, tuple[Tensor, Tensor, Tensor, Tensor | None]]:
-    """dq, dk, dv of the local rows in the inputs' dtype, and this rank's share of dsinks (H,)."""
+    job: Job,
+    saved: Saved,
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    into: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> Turns[Gradients]:
+    """The gradients of the local rows. into: where those of traded heads go."""
+    heads = HeadExchange(job.plan, job.transport)
+    dq, dk, dv, dsinks = yield from _backward_steps(job, heads, saved, dout, dlse)
+    return *(yield from _home(job, heads, dq, dk, dv, into)), dsinks
+
+
+def _backward_steps(job: Job, heads: HeadExchange, saved: Saved, dout: Tensor | None, dlse: Tensor | None) -> Turns[Gradients]:
+    """The gradients of the own heads, as they travel. What came in, stages and what gradients were added up in are gone then."""
     plan, kernel, (q, k, v) = job.plan, job.kernel, (saved.q, saved.k, saved.v)
     acc = accumulate_dtype(q.dtype)
-    heads = HeadExchange(plan, job.transport)
     only = _only_call(plan) if kernel.extras.one_call else None
-    if only is not None and dout is not None and dlse is None and saved.sinks is None:
-        return *_gradients(job, saved, only, dout, None), None  # the kernel makes delta and its zeros in one pass over memory
-    dout, delta = yield from _delta(job, heads, saved, dout, dlse)
+    dout, dlse = yield from _incoming(job, heads, saved, dout, dlse)
+    if only is not None and dlse is None and saved.sinks is None:  # the kernel makes delta and its zeros in one pass over memory
+        return *_gradients(job, saved, only, dout, None), None
+    delta = rowsum_delta(dout, saved.out, dlse)
     dsinks = None if saved.sinks is None else _dsinks(plan, saved, delta)
     if only is not None:
         return *_gradients(job, saved, only, dout, delta), dsinks
@@ -299,17 +391,40 @@ def backward_loop(
     home.receive()
     stages.finish()
     (dq,), (dk, dv) = (home.gradients(0), kept) if turned else (kept, home.gradients(0))
-    if plan.key.schedule.ulysses == 1:
-        return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype), dsinks
-    # Query heads have one owner, so they travel in their final dtype; key heads may be shared and are summed in float32.
-    n_kv = plan.key.kv_heads
-    dq, dk, dv = yield from heads.leave([(dq.to(q.dtype), False), (dk, True), (dv, True)], [plan.key.heads, n_kv, n_kv])
-    return dq, dk.to(q.dtype), dv.to(q.dtype), dsinks
+    dq = dq.to(q.dtype)
+    if not plan.shares_keys:
+        dk, dv = dk.to(q.dtype), dv.to(q.dtype)
+    return dq, dk, dv, dsinks
+
+
+def _home(
+    job: Job, heads: HeadExchange, dq: Tensor, dk: Tensor, dv: Tensor, into: tuple[Tensor, Tensor, Tensor] | None
+) -> Turns[tuple[Tensor, Tensor, Tensor]]:
+    """The gradients at the rows' owners. Heads of one owner travel in their final dtype; shared key heads come as they were
+    accumulated, and are summed so."""
+    if not job.trades:
+        return dq, dk, dv
+    targets = _gradients_of(job, dq, dk, dv) if into is None or job.plan.shares_keys else into
+    yield from heads.leave([(dq, False), (dk, True), (dv, True)], targets)
+    if into is None or into is targets:
+        return targets[0], targets[1].to(dq.dtype), targets[2].to(dq.dtype)
+    for x, target in zip(targets, into, strict=True):
+        target.copy_(x)
+    return into
+
+
+def _gradients_of(job: Job, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for the gradients of all heads of the local rows, of the dtypes and head dims of those that are given."""
+    plan = job.plan
+    q, k = (plan.q_lengths[plan.member], plan.key.heads), (plan.k_lengths[plan.member], plan.key.kv_heads)
+    room = [x.new_empty((x.shape[0], *size, x.shape[3])) for x, size in ((dq, q), (dk, k), (dv, k))]
+    return room[0], room[1], room[2]
 
 
 def _gradients(job: Job, saved: Saved, only: Part, dout: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv of a pass that is one kernel call."""
-    return cast(OneCallKernel, job.kernel).gradients(
+    trace.begin(trace.BACKWARD)
+    grads = cast(OneCallKernel, job.kernel).gradients(
         dout,
         saved.q,
         saved.k,
@@ -322,22 +437,23 @@ def _gradients(job: Job, saved: Saved, only: Part, dout: Tensor, delta: Tensor |
         softcap=job.softcap,
         deterministic=job.deterministic,
     )
+    trace.end(trace.BACKWARD)
+    return grads
 
 
-def _delta(
+def _incoming(
     job: Job, heads: HeadExchange, saved: Saved, dout: Tensor | None, dlse: Tensor | None
-) -> Generator[None, None, tuple[Tensor, Tensor]]:
-    """dout after the head exchange, and ``delta = rowsum(dout * out) - dlse`` (B, h, Sq), the same for every step."""
+) -> Turns[tuple[Tensor, Tensor | None]]:
+    """dout (zeros if there is none) and dlse, after the head exchange."""
     shape = (*saved.out.shape[:1], job.plan.q_lengths[job.plan.member], job.plan.key.heads, saved.out.shape[3])
     if dout is None:
         dout = saved.out.new_zeros(shape)
     sends = [(dout, False)]
     if dlse is not None:
-        sends.append((dlse.transpose(1, 2).unsqueeze(-1), False))
+        sends.append((_as_wide(dlse), False))
     arrived = yield from heads.enter(sends)
     dout = arrived[0] if arrived[0].stride(-1) == 1 else arrived[0].contiguous()
-    dlse = None if dlse is None else arrived[1].squeeze(-1).transpose(1, 2).contiguous()
-    return dout, rowsum_delta(dout, saved.out, dlse)
+    return dout, None if dlse is None else arrived[1].squeeze(-1).transpose(1, 2).contiguous()
 
 
 def _dsinks(plan: Plan, saved: Saved, delta: Tensor) -> Tensor:
@@ -351,7 +467,7 @@ def _dsinks(plan: Plan, saved: Saved, delta: Tensor) -> Tensor:
     return dsinks.to(saved.sinks.dtype)
 
 
-def forward_pass(jobs: tuple[Job, ...], *tensors: Tensor | None) -> list[Results]:
+def forward_pass(jobs: tuple[Job, ...], *tensors: Tensor | None) -> list[tuple[Tensor, Tensor | None, tuple[Saved, ...]]]:
     """The forward loops of all ranks hosted here. tensors: q, k, v, sinks of each job in turn."""
     loops = [forward_in_groups(job, *inputs) for job, inputs in zip(jobs, _by_job(tensors, 4), strict=True)]  # type: ignore[arg-type]
     with _full_precision():
@@ -367,25 +483,26 @@ class Attention(torch.autograd.Function):
         results = forward_pass(jobs, *tensors)
         ctx.jobs = jobs
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*(x for _, _, saved in results for x in saved.tensors()))
+        ctx.save_for_backward(*(x for _, _, parts in results for saved in parts for x in saved.tensors()))
         return tuple(x for out, lse, _ in results for x in (out, lse))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        saved = [Saved(*tensors) for tensors in _by_job(ctx.saved_tensors, N_SAVED)]
+        parts = iter([Saved(*tensors) for tensors in _by_job(ctx.saved_tensors, N_SAVED)])
         if all(g is None for g in grads):
             return (None,) * (1 + 4 * len(ctx.jobs))
         # A simulated rank whose output was not used takes part with zeros; so does dlse wherever one rank has one.
         # Ranks that trade heads must all send dlse or none, also if only some of them used it.
-        trades = any(job.with_lse and job.plan.key.schedule.ulysses > 1 for job in ctx.jobs)
+        trades = any(job.with_lse and job.trades for job in ctx.jobs)
         with_dlse = trades or any(g is not None for g in grads[1::2])
         loops = []
-        for job, state, (dout, dlse) in zip(ctx.jobs, saved, _by_job(grads, 2), strict=True):
+        for job, (dout, dlse) in zip(ctx.jobs, _by_job(grads, 2), strict=True):
+            saved = list(islice(parts, job.parts))
             if with_dlse and dlse is None:
-                shape = (state.lse.shape[0], job.plan.key.heads, job.plan.q_lengths[job.plan.member])
-                dlse = state.lse.new_zeros(shape)
-            loops.append(backward_in_groups(job, state, dout, dlse))
+                lse = saved[0].lse
+                dlse = lse.new_zeros((lse.shape[0], job.plan.key.heads, job.plan.q_lengths[job.plan.member]))
+            loops.append(backward_in_groups(job, saved, dout, dlse))
         with _full_precision():
             return (None, *(x for result in take_turns(loops) for x in result))
 

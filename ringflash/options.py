@@ -48,9 +48,10 @@ def schedule_name(text: str) -> str:
     """The name of a --schedule, possibly with the chunks of a stage."""
     from ringflash.parallel.schedule import SCHEDULES
 
-    if text not in SCHEDULES and not re.fullmatch(r"staged:0*[1-9]\d*", text):
+    if text not in SCHEDULES and not re.fullmatch(r"(staged|ulysses):0*[1-9]\d*", text):
         raise ValueError(
-            f"unknown schedule {text!r}; allowed are {', '.join(SCHEDULES)}, staged:K (K chunks a stage, at least 1)"
+            f"unknown schedule {text!r}; allowed are {', '.join(SCHEDULES)}, staged:K (K chunks a stage, at least 1), "
+            "ulysses:K (heads in K groups)"
         )
     return text
 

@@ -70,7 +70,7 @@ class SimulatedWorld(Sharding):
         if self.memory_budget is not None:
             kernels = [kernel_for(call, self.plan(rank, *sizes)) for rank in range(self.world)]
             choice = self.common([self.affordable(demand(call, kernel), rank, *sizes) for rank, kernel in enumerate(kernels)])
-        way = self.frugalities(k.shape[1], k.shape[2])[choice]
+        way = self.frugalities(self.plan(0, *sizes))[choice]
         jobs = []
         for rank in range(self.world):
             plan = self.plan(rank, *sizes, way.rows)

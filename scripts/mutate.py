@@ -225,8 +225,8 @@ BUGS = (
     Bug(
         "Ulysses: peers are sent the own heads",
         "parallel/heads.py",
-        "x[:, :, share.span(keys)].contiguous()",
-        "x[:, :, mine].contiguous()",
+        "_parts(x, 2, spans, run)) for run in",
+        "_parts(x, 2, spans, range(me, me + 1)).expand(len(run), -1, -1, -1, -1)) for run in",
     ),
     Bug(
         "Ulysses: a query head reads the wrong key head",
@@ -234,7 +234,59 @@ BUGS = (
         "return torch.cat([x[:, :, k : k + 1]",
         "return torch.cat([x[:, :, len(_served(index)) - k - 1 : len(_served(index)) - k]",
     ),
-    Bug("Ulysses: gradients of a shared key head not added", "parallel/heads.py", "+= parts[member]", "= parts[member]"),
+    Bug(
+        "Ulysses: gradients of a shared key head not added",
+        "parallel/heads.py",
+        "span] += of.get(member, own)",
+        "span] = of.get(member, own)",
+    ),
+    Bug(
+        "Ulysses: key heads that are shared are taken for somebody's own",
+        "parallel/plan.py",
+        "for share in self.shares) > self.key.kv_heads",
+        "for share in self.shares) > 2 * self.key.kv_heads",
+    ),
+    Bug(
+        "Ulysses: heads are put where they go before they are home",
+        "parallel/heads.py",
+        "yield POSTED\n        self._wait(step, pending)",
+        "yield POSTED",
+    ),
+    Bug(
+        "Ulysses: a group of heads in another one's place",
+        "ringflash/autograd.py",
+        "into = (_heads(out, i, n), None",
+        "into = (_heads(out, n - 1 - i, n), None",
+        GROUPS,
+    ),
+    Bug(
+        "Ulysses: a group's heads are saved in another one's place",
+        "ringflash/autograd.py",
+        "kept.extend(results[2:] if job.tracked else ())",
+        "kept[:0] = results[2:]",
+        GROUPS,
+    ),
+    Bug(
+        "heads: a reader begins where its own block for the owner would",
+        "parallel/heads.py",
+        "_places(plan, entering, m, traded)[0][i, me]",
+        "_places(plan, entering, me, traded)[0][i, m]",
+        DRAWN_SYMMETRIC,
+    ),
+    Bug(
+        "heads: blocks for several members without what aligns them",
+        "parallel/heads.py",
+        "stride = block_bytes(plan, entering, me, run[0], traded[i])",
+        "stride = x[0].numel() * x.element_size()",
+        DRAWN_SYMMETRIC,
+    ),
+    Bug(
+        "heads: ranks make buffers of different sizes",
+        "parallel/heads.py",
+        "False: max(plan.key.q_layout.lengths)",
+        "False: plan.key.q_layout.lengths[plan.key.rank]",
+        DRAWN_SYMMETRIC,
+    ),
     # symmetric memory
     Bug(
         "symmetric: a buffer is written while it is read",
@@ -263,6 +315,27 @@ BUGS = (
         "if lane.begun[step, peer] == lane.reads[step, peer]:",
         "if lane.begun[step, peer] == 1:",
         SYMMETRIC,
+    ),
+    Bug(
+        "symmetric: a rank without heads does not alternate",
+        "parallel/transport/symmetric.py",
+        "        lane.passes += 1\n",
+        '        lane.passes += what != "heads" or plan.share.q_heads > 0\n',
+        SYMMETRIC,
+    ),
+    Bug(
+        "symmetric: a buffer of heads is never given back",
+        "parallel/transport/symmetric.py",
+        "+ member): 1 for member",
+        "+ member): 2 for member",
+        SYMMETRIC,
+    ),
+    Bug(
+        "symmetric: a buffer is leased before its last signals are waited for",
+        "parallel/transport/symmetric.py",
+        "            pull.join()\n",
+        "            pass\n",
+        DRAWN_SYMMETRIC,
     ),
     # groups of heads, known calls
     Bug(

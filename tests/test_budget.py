@@ -28,13 +28,18 @@ GIB = 2**30
 Ranks = Callable[[int], RankPool]
 
 
-def tensors_of(seqlen: int, kv_heads: int) -> list[Tensor]:
+HEADS = {"auto": (8, 4), "ulysses": (16, 16), "hybrid": (8, 8)}
+"""Query heads and key heads by schedule: members of a head exchange have several of the latter."""
+
+
+def tensors_of(seqlen: int, kv_heads: int, heads: int = 8) -> list[Tensor]:
     make = torch.Generator().manual_seed(0)
-    return [torch.randn(1, seqlen, heads, 8, generator=make).requires_grad_() for heads in (8, kv_heads, kv_heads)]
+    return [torch.randn(1, seqlen, n, 8, generator=make).requires_grad_() for n in (heads, kv_heads, kv_heads)]
 
 
-def tensors() -> list[Tensor]:
-    return tensors_of(64, 4)
+def tensors(schedule: str = "auto") -> list[Tensor]:
+    heads, kv_heads = HEADS[schedule]
+    return tensors_of(64, kv_heads, heads)
 
 
 def test_smaller_stages_come_before_groups_of_heads() -> None:
@@ -42,7 +47,9 @@ def test_smaller_stages_come_before_groups_of_heads() -> None:
         Frugality(100, 1), Frugality(1, 1), Frugality(100, 2), Frugality(1, 2), Frugality(100, 4), Frugality(1, 4)
     )  # fmt: skip
     assert frugalities(100, 4, 64, 6, 1, False) == tuple(Frugality(100, n) for n in (1, 2, 3, 6))
-    assert frugalities(100, 2, 64, 6, 2, True) == (Frugality(100, 1),), "members of a head exchange have few heads already"
+    assert frugalities(100, 2, 64, 6, 2, True) == (Frugality(100, 1), Frugality(100, 3)), "each has a head of every group"
+    assert frugalities(100, 1, 64, 6, 4, True) == (Frugality(100, 1),), "of six heads four members do not"
+    assert frugalities(100, 1, 64, 32, 4, True, 2) == tuple(Frugality(100, n) for n in (2, 4, 8))
     assert [c.rows for c in frugalities(1000, 16, 1600, 1, 1, True)] == [1000, 601, 201, 1]
 
 
@@ -60,7 +67,7 @@ def test_a_quarter_of_a_million_tokens_within_a_tenth_of_tensors_and_two_stages(
     assert extra_bytes(plan, demand) > 2 * bound
     world.keep_within(int(bound))
     sizes = (0, Mask.causal(), 262_144, 262_144, 32, 8)
-    rows, groups = world.frugalities(262_144, 8)[world.affordable(demand, *sizes)[0]]
+    rows, groups = world.frugalities(plan)[world.affordable(demand, *sizes)[0]]
     lean = world.plan(*sizes, rows)
     assert extra_bytes(lean, demand, groups) <= bound
     assert groups <= 4
@@ -74,7 +81,7 @@ def test_lean_is_that_budget_and_no_bound() -> None:
         for rank in range(4):  # allowed alike, though three have shorter stages
             own = world.plan(rank, Mask.causal(), seqlen, seqlen, 32, 8)
             assert lean_bytes(own, demand) == (tensors + 22 * stage) // 10
-        first = world.frugalities(seqlen, 8)[world.affordable(demand, 0, Mask.causal(), seqlen, seqlen, 32, 8)[0]]
+        first = world.frugalities(plan)[world.affordable(demand, 0, Mask.causal(), seqlen, seqlen, 32, 8)[0]]
         assert extra_bytes(plan_of(world, seqlen, first.rows), demand, first.groups) <= lean_bytes(plan, demand)
     q, k, v = tensors_of(16, 1)
     assert isinstance(world.attention(q, k, v, mask=Mask.causal()), Tensor)
@@ -91,15 +98,35 @@ def test_more_groups_and_smaller_stages_take_less() -> None:
     assert symmetric_bytes(plan_of(SimulatedWorld(1), 64), Shape()) == 0
 
 
-@pytest.mark.parametrize("share", [1.0, 0.7, 0.4, 0.3])
-def test_results_do_not_depend_on_the_budget(share: float) -> None:
-    q, k, v = tensors()
-    free = SimulatedWorld(4, "zigzag")
-    needs = [extra_bytes(free.plan(r, Mask.causal(), 64, 64, 8, 4), Demand(Shape(1, 8, 8, 4))) for r in range(4)]
-    bound = SimulatedWorld(4, "zigzag", memory_budget=int(share * max(needs)))
+def test_more_groups_of_traded_heads_take_less() -> None:
+    """Two groups do not: both are under way at once, beside the results of all."""
+    world = SimulatedWorld(4, "zigzag", "ulysses")
+    plan = world.plan(0, Mask.causal(), 65_536, 65_536, 32, 32)
+    assert plan.key.groups == 4
+    for symmetric in (False, True):
+        needs = [extra_bytes(plan, Demand(symmetric=symmetric), n) for n in (1, 4, 8)]
+        assert needs == sorted(needs, reverse=True) and needs[1] == extra_bytes(plan, Demand(symmetric=symmetric))
+    held = [symmetric_bytes(plan, Shape(), groups=n) for n in (1, 2, 4)]
+    # One step, so nothing but what members pack for each other: most of it gradients, of three others' rows and the own heads.
+    assert held == [2 * (3 * 16_384) * (8 // n) * (3 * 128 * 2) for n in (1, 2, 4)]
+    kept, portions = tensor_bytes(plan, Shape(), backward=False), 256 << 20
+    assert lean_bytes(plan, Demand()) == tensor_bytes(plan, Shape()) // 10 + portions + kept
+
+
+@pytest.mark.parametrize(("schedule", "share"), [*(("auto", x) for x in (1.0, 0.7, 0.4, 0.3)), ("ulysses", 0.8), ("hybrid", 0.8)])
+def test_results_do_not_depend_on_the_budget(schedule: str, share: float) -> None:
+    heads, kv_heads = HEADS[schedule]
+    q, k, v = tensors(schedule)
+    options: Any = {"layout": "zigzag", "schedule": schedule, "ulysses": 2 if schedule == "hybrid" else 1}
+    free, sizes = SimulatedWorld(4, **options), (Mask.causal(), 64, 64, heads, kv_heads)
+    call = Demand(Shape(1, 8, 8, 4, one_call=False))  # of kernels on the CPU
+    needs = [extra_bytes(free.plan(r, *sizes), call) for r in range(4)]
+    bound = SimulatedWorld(4, **options, memory_budget=int(share * max(needs)))
     if share < 1:
-        assert 0 not in bound.affordable(Demand(Shape(1, 8, 8, 4)), needs.index(max(needs)), Mask.causal(), 64, 64, 8, 4)
-    dout = torch.randn(1, 64, 8, 8, generator=torch.Generator().manual_seed(1))
+        affordable = bound.affordable(call, needs.index(max(needs)), *sizes)
+        assert 0 not in affordable
+        assert schedule == "auto" or bound.frugalities(free.plan(0, *sizes))[affordable[0]].groups == 4
+    dout = torch.randn(1, 64, heads, 8, generator=torch.Generator().manual_seed(1))
     expected, found = (world.attention(q, k, v, mask=Mask.causal()) for world in (free, bound))
     assert isinstance(expected, Tensor) and isinstance(found, Tensor)
     torch.testing.assert_close(found, expected)
@@ -116,6 +143,7 @@ def test_a_budget_is_of_the_kernel_that_computes() -> None:
         assert (shape.takes_delta, shape.settle_rows) == (kernel.extras.delta, kernel.extras.settle_rows)
     assert (Shape().takes_delta, Shape().settle_rows) == (hopper.EXTRAS.delta, hopper.EXTRAS.settle_rows)
     assert (Shape().portion_bytes, Shape().turn_rows) == (hopper.EXTRAS.portion_bytes, hopper.EXTRAS.turn_rows)
+    assert Shape().one_call == hopper.EXTRAS.one_call
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
@@ -166,17 +194,17 @@ def test_what_cannot_be_is_refused_with_the_numbers() -> None:
             SimulatedWorld(4, memory_budget=wrong)  # type: ignore[arg-type]
 
 
-def attend(rank: int, budgets: list[int | None]) -> tuple[str, str]:
-    """The schedule and groups of a call under a rank's budget, or its error; and the sum of out."""
-    cp = ContextParallel(memory_budget=budgets[rank], timeout_s=60.0)
-    q, k, v = (cp.shard(x.detach()).requires_grad_() for x in tensors())
+def attend(rank: int, budgets: list[int | None], schedule: str = "auto") -> tuple[str, str]:
+    """The schedule and groups of a call under a rank's budget, or its error and what it says."""
+    cp = ContextParallel(schedule=schedule, memory_budget=budgets[rank], timeout_s=60.0)
+    q, k, v = (cp.shard(x.detach()).requires_grad_() for x in tensors(schedule))
     try:
         out = attention(q, k, v, mask=Mask.causal(), cp=cp)
     except ValueError as error:
         return "ValueError", str(error)
     torch.autograd.grad(out, (q, k, v), out.detach())
     (job,) = cp.jobs.values()
-    full = attention(*tensors(), mask=Mask.causal())
+    full = attention(*tensors(schedule), mask=Mask.causal())
     assert (cp.unshard(out.detach()) - full).abs().max() < 1e-5
     return str(job.plan.key.schedule), str(job.groups)
 
@@ -198,6 +226,14 @@ def test_ranks_choose_together(ranks: Ranks) -> None:
     roomy, tight = (set(ranks(3).run(attend, [n] * 3)) for n in (GIB, 15_000))
     assert len(roomy) == len(tight) == 1
     assert roomy.pop()[1] == "1" and tight.pop()[1] in ("2", "4")
+
+
+def test_ranks_that_trade_heads_choose_together(ranks: Ranks) -> None:
+    plan = SimulatedWorld(2, schedule="ulysses").plan(0, Mask.causal(), 64, 64, *HEADS["ulysses"])
+    most, least = (extra_bytes(plan, Demand(Shape(1, 8, 8, 4)), n) for n in (1, 8))
+    roomy, tight = (set(ranks(2).run(attend, [n] * 2, "ulysses")) for n in (GIB, (most + least) // 2))
+    assert len(roomy) == len(tight) == 1
+    assert roomy.pop()[1] == "1" and tight.pop()[1] in ("4", "8")
 
 
 def test_ranks_that_differ_in_their_budget_are_told(ranks: Ranks) -> None:

@@ -158,6 +158,18 @@ def test_copy_engines_are_faster(capsys: pytest.CaptureFixture[str]) -> None:
     assert 0 < pulled["exposed_s"] < sent["exposed_s"]
 
 
+def test_plan_tells_in_how_many_groups_heads_are_traded(capsys: pytest.CaptureFixture[str]) -> None:
+    plan = ("plan", "--seqlen", "64k", "--world", "4", "--schedule")
+    assert "in 4 groups, one on its way while another is computed" in " ".join(said(capsys, *plan, "ulysses").split())
+    assert "here query heads 0 to 7" in said(capsys, *plan, "ulysses:1")
+    one, four = (json.loads(said(capsys, *plan, name, "--json")) for name in ("ulysses:1", "ulysses"))
+    for times in ("forward", "backward"):
+        assert 0 < four[times]["exchange_of_heads_s"] < one[times]["exchange_of_heads_s"]
+        assert four[times]["total_s"] < one[times]["total_s"]
+    assert [sum(step["visible"] for step in found["steps"]) for found in (one, four)] == [65_536 * 65_537 // 2] * 2
+    assert len(said(capsys, *plan, "ulysses", "--rank", "all").splitlines()) == 9
+
+
 def test_a_double_ring_says_what_is_a_node(capsys: pytest.CaptureFixture[str]) -> None:
     double = ("plan", "--seqlen", "64k", "--world", "16", "--schedule", "double_ring", "--inner", "4", "--json")
     assert json.loads(said(capsys, *double))["link"]["node"] == 4
@@ -180,7 +192,7 @@ WRONG = [
     ("plan --seqlen 9 --heads 3 --kv-heads 2", "--heads 3 is no multiple of --kv-heads 2"),
     ("plan --seqlen 9 --heads many", "argument --heads: invalid int value: 'many'"),
     ("plan --seqlen 9 --layout spiral", "unknown layout 'spiral'; allowed are contiguous, zigzag, striped, balanced, zigzag:K"),
-    ("plan --seqlen 9 --schedule rings", "staged, ulysses, hybrid, double_ring, staged:K (K chunks a stage, at least 1)\n"),
+    ("plan --seqlen 9 --schedule rings", "double_ring, staged:K (K chunks a stage, at least 1), ulysses:K (heads in K groups)\n"),
     ("plan --seqlen 9 --schedule staged:0", "unknown schedule 'staged:0'; allowed are auto, ring, "),
     ("plan --seqlen 0", "--seqlen must be at least 1, got 0"),
     ("plan --documents 0,0", "the sum of the documents' lengths must be at least 1, got 0"),

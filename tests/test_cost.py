@@ -8,14 +8,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from ringflash import SimulatedWorld
 from ringflash.mask import Mask
 from ringflash.parallel import tables
 from ringflash.parallel.cost import Forecast, explain, predict, predict_all
 from ringflash.parallel.memory import Shape
-from ringflash.parallel.plan import Plan
+from ringflash.parallel.plan import Plan, make_plan
+from ringflash.parallel.schedule import Schedule
 from ringflash.parallel.tables import DeviceTable, Link, LinkTable, Rate, Tables
+from ringflash.parallel.transport.simulated import Mailbox
 from ringflash.parallel.work import Work, rank_areas, visible_pairs, work_of
 from ringflash.slices import Slices
 from ringflash.testing import draw, visibility
@@ -217,6 +220,98 @@ def test_the_exchange_of_heads_is_exposed() -> None:
     assert found.forward.total_s == pytest.approx(enter + leave + found.forward.compute_s)
 
 
+def traded(groups: int, device: DeviceTable = DEVICE, kv_heads: int = 8) -> Forecast:
+    """Two ranks of 32 rows trade eight query heads."""
+    world = SimulatedWorld(2, "contiguous", Schedule("ring", ulysses=2, head_groups=groups))
+    return predict(world.plan(0, Mask.full(), 64, 64, 8, kv_heads), device, LINK, **SHAPE)
+
+
+SLOW = dataclasses.replace(DEVICE, rates=(Rate(64, 0.01, 0.01, 0.01, 0.01),))
+Q_BYTES = 32 * 4 * 16 * 2
+"""Of 32 rows the four heads of the other rank, D = 16; as many of key heads where there are eight."""
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_of_groups_of_heads_the_first_way_in_and_the_last_way_home_are_exposed(groups: int) -> None:
+    found, tiles = traded(groups, SLOW), 16 * 256 * 4
+    # In: q, k, v, and dO; home: out, and dq, dk, dv in the inputs' dtype, since nobody shares a key head.
+    for times, enter, leave, per_pair in ((found.forward, 3, 1, 64), (found.backward, 1, 3, 160)):
+        enter_s, leave_s, compute_s = enter * Q_BYTES / 1e9, leave * Q_BYTES / 1e9, tiles * per_pair / 0.01e12
+        assert compute_s / groups > enter_s + leave_s
+        assert len(times.groups) == groups and times.compute_s == pytest.approx(compute_s)
+        assert times.enter_s == pytest.approx(enter_s / groups) and times.leave_s == pytest.approx(leave_s / groups)
+        assert times.total_s == pytest.approx(compute_s + (enter_s + leave_s) / groups)
+        starts = [enter_s / groups + i * compute_s / groups for i in range(groups)]
+        assert [steps[0].start_s for steps in times.groups] == pytest.approx(starts)
+
+
+@pytest.mark.parametrize("groups", [2, 4])
+def test_of_groups_of_heads_transfers_that_take_longer_than_kernels_decide(groups: int) -> None:
+    found = traded(groups).forward
+    assert found.compute_s < Q_BYTES / 1e9  # of a group less than its way home
+    assert found.total_s == pytest.approx(4 * Q_BYTES / 1e9)
+    assert found.exposed_s == pytest.approx(found.total_s - found.compute_s)
+    assert traded(1).forward.total_s == pytest.approx(found.total_s + found.compute_s)
+
+
+def test_the_copies_of_an_exchange_are_not_hidden() -> None:
+    slow = dataclasses.replace(SLOW, memory_GBps=1.0)
+    # Read and written: q, k, v of the own rows; out that leaves, and when it is there, of the own rows.
+    enter_s, leave_s = 2 * 3 * 2 * Q_BYTES / 1e9, 2 * 3 * Q_BYTES / 1e9
+    for groups in (1, 4):
+        times, travels = traded(groups, slow).forward, 1 if groups == 1 else 0
+        # Of groups the second is packed while the first is on its way, and the last but one unpacked while the last is.
+        assert times.enter_s == pytest.approx(enter_s + travels * 3 * Q_BYTES / 1e9)
+        assert times.leave_s == pytest.approx(leave_s + travels * Q_BYTES / 1e9)
+        assert times.total_s == pytest.approx(times.compute_s + times.enter_s + times.leave_s)
+
+
+def test_groups_without_an_exchange_come_one_after_the_other() -> None:
+    world = SimulatedWorld(3, "zigzag", Schedule("ring", head_groups=2))
+    some = [world.plan(rank, Mask.causal(), 96, 96, 4, 2) for rank in range(3)]
+    other = [make_plan(plan.key.of_one_group(2)) for plan in some]
+    for whole, part in zip(*(predict_all(of, DEVICE, LINK, Shape(1, 16, 16, 2)) for of in (some, other)), strict=True):
+        assert whole.forward.total_s == pytest.approx(2 * part.forward.total_s)
+        for a, b in ((whole.forward, part.forward), (whole.backward, part.backward)):
+            assert len(a.groups) == 2 and len(a.flights) == 2 * len(b.flights)
+            assert a.compute_s == pytest.approx(2 * b.compute_s) and a.total_s == pytest.approx(a.compute_s + a.exposed_s)
+        assert [s.bytes_in for s in whole.steps] == [2 * s.bytes_in for s in part.steps]
+        assert whole.flop(True) == 2 * part.flop(True) and whole.areas == tuple(2 * area for area in part.areas)
+
+
+TRADES = [
+    (1, 2, 8, 8, "heads of one owner: gradients in 16 bits"),
+    (2, 2, 8, 8, ""),
+    (4, 2, 8, 8, ""),
+    (1, 2, 8, 1, "a key head that both share: gradients in float32"),
+    (1, 4, 6, 2, "keys laid out once per query head"),
+    (2, 4, 8, 2, "of each group of four query heads, one key head for four members"),
+    (2, 4, 10, 2, "groups of heads that the members do not divide"),
+]
+
+
+@pytest.mark.parametrize("rings", [1, 2])
+@pytest.mark.parametrize(("groups", "ulysses", "heads", "kv_heads", "why"), TRADES)
+def test_what_a_forecast_moves_is_what_the_ranks_send(
+    rings: int, groups: int, ulysses: int, heads: int, kv_heads: int, why: str
+) -> None:
+    world = SimulatedWorld(rings * ulysses, "zigzag", Schedule("ring", ulysses=ulysses, head_groups=groups))
+    some = [world.plan(rank, Mask.causal(), 64, 64, heads, kv_heads) for rank in range(world.world)]
+    found = predict_all(some, DEVICE, LINK, Shape(1, 16, 16, 2))
+    q, k, v = (torch.randn(1, 64, n, 16, dtype=torch.bfloat16, requires_grad=True) for n in (heads, kv_heads, kv_heads))
+    mailbox = Mailbox()
+    out = world.attention(q, k, v, mask=Mask.causal(), mailbox=mailbox)
+    assert isinstance(out, torch.Tensor)
+    forward = mailbox.bytes_sent.total()
+    out.sum().backward()
+    for times, sent in (("forward", forward), ("backward", mailbox.bytes_sent.total() - forward)):
+        flights = [flight for f in found for flight in getattr(f, times).flights]
+        assert sum(f.bytes_out for f in flights) == sum(f.bytes_in for f in flights) == sent, (why, times)
+        assert len([f for f in getattr(found[0], times).flights if f.what == "heads"]) <= 2 * groups
+    assert sum(found[0].areas) == 64 * 65 // 2 * heads and found[1].areas == found[0].areas
+    assert [f.flop(backward=False) for f in found] == [64 * area for area in found[0].areas]
+
+
 def test_few_tiles_do_not_fill_a_device() -> None:
     wide = dataclasses.replace(DEVICE, units=80)
     plan = plans(Mask.full(), "ring", 1, 64)[0]
@@ -280,6 +375,20 @@ def test_explain_of_a_plan_with_idle_steps_and_shared_heads() -> None:
     assert " 3-4  none" in text
     text, _ = text_of(SimulatedWorld(8, "zigzag", "hybrid", ulysses=4).plan(5, Mask.causal(), 8192, 8192, 8, 2))
     assert "chunks of ring rank" in text and "here query heads 2 to 3" in text and "exchange of heads" in text
+
+
+def test_explain_tells_groups_of_heads() -> None:
+    def heads(schedule: str | Schedule) -> str:
+        plan = SimulatedWorld(4, "zigzag", schedule).plan(1, Mask.causal(), 8192, 8192, 8, 8)
+        text, forecast = text_of(plan)
+        assert max(map(len, text.splitlines())) <= 130 and ("times in ms over" in text) == (len(forecast.forward.groups) > 1)
+        return " ".join(text.partition("heads      ")[2].partition("predicted ")[0].split())
+
+    bytes_ = "batch 1, 2 bytes an element"
+    assert heads("ulysses").endswith(f"{bytes_}; here query heads 2 to 3")
+    assert heads("ulysses:2").endswith(f"{bytes_}; here 2 query heads; in 2 groups, one on its way while another is computed")
+    assert heads(Schedule("ring", head_groups=2)).endswith(f"{bytes_}; in 2 groups, one after the other")
+    assert heads("ring").endswith(bytes_)
 
 
 def test_a_plan_explains_itself() -> None:

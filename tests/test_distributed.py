@@ -43,6 +43,8 @@ def test_several_messages_to_one_peer(ranks: Ranks, transport: str) -> None:
     cases = [
         Case(schedule="hybrid", ulysses=2, transport=transport, heads=4),
         Case(schedule="ulysses", transport=transport, heads=6, kv_heads=2, sinks=True),
+        Case(schedule="ulysses", transport=transport, heads=8, kv_heads=8, head_groups=2, q_len=35, k_len=35),
+        Case(schedule="hybrid", ulysses=2, transport=transport, heads=8, kv_heads=4, head_groups=2, dlse=False),
         Case(mask=checkered, q_len=20, k_len=20, max_gap=0, layout="contiguous", transport=transport, world=4),
         Case(mask=checkered, q_len=20, k_len=20, max_gap=0, layout="zigzag", schedule="staged:2", transport=transport),
     ]

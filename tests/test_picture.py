@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,9 +12,13 @@ import pytest
 pytest.importorskip("matplotlib")
 
 from ringflash import Mask, SimulatedWorld
+from ringflash.parallel.cost import predict_all
 from ringflash.parallel.layout import make_layout
+from ringflash.parallel.memory import Shape
 from ringflash.parallel.picture import MOST_POLYGONS, coverage, draw_plan, polygons, rank_colours, regions
 from ringflash.parallel.plan import steps_of
+from ringflash.parallel.schedule import Schedule
+from ringflash.parallel.tables import DEFAULTS
 from ringflash.slices import area
 from ringflash.testing import visibility
 
@@ -80,17 +85,36 @@ def test_steps_and_colours() -> None:
         (SimulatedWorld(8, "contiguous", "hybrid", ulysses=2), Mask.window(500, 10), 20_000),
         (SimulatedWorld(8, "zigzag", "double_ring", inner=4), Mask.prefix(3000), 8192),
         (SimulatedWorld(4, "zigzag", "ulysses"), DILATED, 4096),
+        (SimulatedWorld(2, "zigzag", "ulysses:2"), Mask.causal(), 65_536),
+        (SimulatedWorld(4, "zigzag", Schedule("ring", ulysses=2, head_groups=2)), Mask.causal(), 4096),
         (SimulatedWorld(5, "balanced", "ring"), Mask.documents([600, 0, 1, 399, 3096]), 4096),
         (SimulatedWorld(9, "contiguous", "ring"), Mask.blocks(np.zeros((2, 2), dtype=bool), 64), 128),  # nothing to compute
         (SimulatedWorld(6, "zigzag", "ring"), Mask.causal(), 3),  # ranks that hold nothing
     ],
-    ids=lambda x: x.schedule if isinstance(x, SimulatedWorld) else None,
+    ids=lambda x: str(x.schedule) if isinstance(x, SimulatedWorld) else None,
 )
 def test_every_kind_of_plan_has_a_picture(world: SimulatedWorld, mask: Mask, seqlen: int, tmp_path: Path) -> None:
     path = tmp_path / "plan.png"
     draw_plan(world.for_mask(mask), mask, seqlen, 8, 2, 64, path)
     width, height = png_size(path)
     assert width > 1000 and height > 500 and path.stat().st_size > 10_000
+
+
+def test_bars_and_hatches_fill_a_pass(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Between groups of heads, too, a rank may wait."""
+    drawn: list[tuple[float, float]] = []
+
+    def record(_: Any, spans: list[tuple[float, float]], y: tuple[float, float], **_look: Any) -> None:
+        if y[0] == pytest.approx(-0.4):  # rank 0, above what is under way
+            drawn.extend(spans)
+
+    monkeypatch.setattr("matplotlib.axes.Axes.broken_barh", record)
+    world, h200 = SimulatedWorld(4, "zigzag", Schedule("ring", ulysses=2, head_groups=2)), DEFAULTS["cuda"]
+    draw_plan(world, Mask.causal(), 4096, 8, 8, 64, tmp_path / "plan.png", tables=h200)
+    plans = [world.plan(rank, Mask.causal(), 4096, 4096, 8, 8) for rank in range(4)]
+    found = predict_all(plans, h200.device, h200.link, Shape(1, 64, 64, 2))[0]
+    assert found.forward.leave_s > 0 < found.backward.enter_s
+    assert sum(length for _, length in drawn) == pytest.approx(1e3 * (found.forward.total_s + found.backward.total_s))
 
 
 def test_ten_thousand_documents_on_64_ranks_as_polygons_and_as_an_image(tmp_path: Path) -> None:

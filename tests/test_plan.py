@@ -560,6 +560,7 @@ def test_plans_are_cached() -> None:
         ("spiral", 4, 1, None, "unknown schedule 'spiral'.*ring"),
         ("staged:0", 4, 1, None, "unknown schedule"),
         ("ring:2", 4, 1, None, "unknown schedule"),
+        ("ulysses:0", 4, 1, None, "unknown schedule.*ulysses:K"),
         ("ulysses", 4, 2, None, "hybrid"),
         ("hybrid", 4, 1, None, "between 2 and 3"),
         ("hybrid", 4, 4, None, "between 2 and 3"),
@@ -584,3 +585,35 @@ def test_backward_stages_are_larger_where_their_gradients_are_few_bytes(
     plan = SimulatedWorld(world, "zigzag", "auto", ulysses=ulysses).plan(0, Mask.causal(), tokens, tokens, 32, kv_heads)
     assert plan.backward().key.travels == ("kv" if kv_heads == 8 else "q")
     assert plan.backward().key.schedule.rows == rows
+
+
+@pytest.mark.parametrize(
+    ("spec", "seqlen", "heads", "kv_heads", "groups"),
+    [
+        ("ulysses", 65_536, 32, 32, 4),
+        ("ulysses", 65_536, 32, 8, 2),
+        ("ulysses", 65_536, 32, 4, 1),  # of more, members would share key heads
+        ("ulysses", 16_384, 32, 32, 2),
+        ("ulysses", 8_192, 32, 32, 1),
+        ("ulysses:8", 64, 32, 32, 8),
+        ("hybrid", 65_536, 32, 32, 1),
+        ("auto", 65_536, 32, 32, 1),
+    ],
+)
+def test_traded_heads_go_in_as_many_groups_as_leave_each_rank_enough(
+    spec: str, seqlen: int, heads: int, kv_heads: int, groups: int
+) -> None:
+    world = SimulatedWorld(4, "zigzag", spec, ulysses=2 if spec == "hybrid" else 1)
+    key = world.plan(1, Mask.causal(), seqlen, seqlen, heads, kv_heads).key
+    assert key.groups == groups
+    part = make_plan(key.of_one_group(groups))
+    assert part.key.groups == 1 and part.share.q_heads * groups == make_plan(key).share.q_heads
+
+
+@pytest.mark.parametrize(
+    ("groups", "heads", "message"),
+    [(3, 32, "head_groups=3 does not divide the 8 key heads"), (8, 16, "none of a group's 2 query")],
+)
+def test_groups_that_do_not_fit_are_refused(groups: int, heads: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SimulatedWorld(4, "zigzag", f"ulysses:{groups}").plan(0, Mask.causal(), 64, 64, heads, 8)

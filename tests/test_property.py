@@ -33,6 +33,14 @@ EDGES = [
     (Case(schedule="ulysses", heads=6, kv_heads=2), "key heads that are fewer than ranks, ratio broken by the shares"),
     (Case(schedule="ulysses", heads=8, kv_heads=1, world=8), "one key head for eight ranks"),
     (Case(schedule="ulysses", heads=2, kv_heads=1, world=8), "ranks without heads"),
+    (Case(schedule="ulysses", heads=8, kv_heads=8, head_groups=2), "one group of heads travels under another's kernels"),
+    (Case(schedule="ulysses", heads=12, kv_heads=6, head_groups=3, sinks=True, batch=2), "groups of fewer key heads than ranks"),
+    (
+        Case(schedule="ulysses", heads=20, kv_heads=4, head_groups=4, dtype="bfloat16"),
+        "groups of heads that the ranks do not divide",
+    ),
+    (Case(schedule="hybrid", ulysses=2, heads=8, kv_heads=4, head_groups=2, dlse=False, q_len=31, k_len=31), ""),
+    (Case(schedule="ring", heads=4, kv_heads=2, head_groups=2), "groups without an exchange"),
     (Case(schedule="hybrid", ulysses=2, heads=3, kv_heads=1, mask="dilated(3)", layout="striped"), ""),
     (
         Case(schedule="double_ring", inner=2, mask="causal(window=9)", layout="contiguous"),

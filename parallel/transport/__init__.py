@@ -67,10 +67,9 @@ class Transport(ABC):
     pulls = False
     """Whether receivers read a sender's leased buffers themselves, and so need to be told where (``Message.row``)."""
 
-    def open(self, what: str, plan: Plan, row: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
-        """Begins a pass that will lease buffers of ``what`` ("chunks" or "gradients"); all ranks call it in the same order.
-
-        row: batch and width of a buffer's row, which has one entry per head that travels: (rows, batch, heads, width).
+    def open(self, what: str, plan: Plan, nbytes: int) -> None:
+        """Begins a pass that will lease buffers of ``what`` ("chunks" or "gradients"), or an exchange that will lease one
+        ("heads"); all ranks call it in the same order. nbytes: of a buffer, at most on any rank; the same on all.
         """
 
     def lease(self, label: Label, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -247,6 +246,17 @@ def place(plan: Plan, transfer: Transfer, rank: int) -> tuple[int, Ranges]:
     return step, tuple(rows)
 
 
+@lru_cache(maxsize=1024)
+def buffer_bytes(plan: Plan, what: str, row: tuple[int, int], itemsize: int) -> int:
+    """Bytes of a buffer of what a rank sends, at most, the same on all ranks: the longest chunk, or the longest remote stage.
+
+    row: batch and width of a row, which has one entry per head that travels.
+    """
+    rows = plan.longest_chunk() if what == "chunks" else plan.longest_stage()
+    heads = plan.most_heads()
+    return -(-rows * row[0] * heads * row[1] * itemsize // 1024) * 1024
+
+
 class Stages:
     """The stages of one pass: posts a plan's transfers slot by slot and hands out each step's tensors."""
 
@@ -260,7 +270,7 @@ class Stages:
         self.pending: dict[int, Pending] = {}  # by the step that needs it
         if len(plan.steps) > 1:
             like = cargo.like
-            transport.open("chunks", plan, (like.shape[0], cargo.columns), like.dtype, like.device)
+            transport.open("chunks", plan, buffer_bytes(plan, "chunks", (like.shape[0], cargo.columns), like.element_size()))
 
     def _buffer(self, step: int) -> Tensor:
         if step == 0:
@@ -318,7 +328,7 @@ class Homecoming:
         self.buffers: dict[int, Tensor] = {}  # by step; 0 is the own chunk
         self.arriving: list[tuple[int, Pending, list[tuple[Tensor, Tensor]]]] = []  # due, and what is added to what
         if len(plan.steps) > 1:
-            transport.open("gradients", plan, (like.shape[0], sum(widths)), dtype, self.device)
+            transport.open("gradients", plan, buffer_bytes(plan, "gradients", (like.shape[0], sum(widths)), dtype.itemsize))
 
     def _buffer(self, step: int) -> Tensor:
         if step not in self.buffers:

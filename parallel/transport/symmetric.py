@@ -6,7 +6,7 @@ written and awaited by the streams themselves (cuStreamBatchMemOp): no kernel, n
 On 4 H200 this moves 174-364 GB/s at 4-256 MB against 61-277 by NCCL's send/recv; a running kernel loses 0-1 % instead of 3-4 %.
 
 Two buffers of a kind alternate: for chunks from pass to pass (one is read while the next layer already packs the other), for
-gradients from step to step. Nothing here uses NVLink multicast.
+gradients from step to step, for heads from exchange to exchange. Nothing here uses NVLink multicast.
 
 Two flags for every kind, buffer and pair of owner and reader make reuse safe. They are 0 or 1, never counted:
 
@@ -15,7 +15,7 @@ Two flags for every kind, buffer and pair of owner and reader make reuse safe. T
 
     owner    computing stream   wait BUSY == 0 of all readers; write the buffer; event "complete"
              signal stream      wait for "complete"; BUSY = 1; READY = 1 at the reader; event "signalled"
-             computing stream   waits for "signalled" before the pass ends, and so before it looks at BUSY again
+             computing stream   waits for "signalled" before it looks at BUSY again
     reader   copy stream        wait READY == 1; READY = 0; copy; BUSY = 0 at the owner
 
 What a reader fetches from one buffer in several posts (a chunk in pieces) counts as one read: the owner signals with the first
@@ -25,7 +25,8 @@ READY is set again only after the owner saw BUSY == 0, which the reader wrote af
 two passes with one buffer each, the later one's READY is another flag, so that an owner may be one pass ahead of its reader.
 No host knows the flags' values and none are written into an operation but 0 and 1, so a captured CUDA graph may be replayed any
 number of times, between passes that are not captured too, as long as all ranks do the same. Inside a capture the signals are
-given on the computing stream, so that no branch of the graph that waits can hold up a signal; the copies' branch ends in it.
+given on the computing stream, so that no branch of the graph that waits can hold up a signal; the copies' branch ends in it,
+before it waits for what others read meanwhile: nor can it hold up that branch, should both be one queue.
 A capture allocates nothing: the same call must have been made once before. Buffers that a graph knows are kept when larger ones
 are made.
 """
@@ -47,7 +48,6 @@ from torch import Tensor
 from ringflash.parallel import trace
 from ringflash.parallel.plan import Plan
 from ringflash.parallel.transport import Label, Message, Pending, Transport, itinerary
-from ringflash.parallel.transport.p2p import P2P
 from ringflash.parallel.watchdog import reached, watch
 from ringflash.streams import current_stream
 
@@ -55,7 +55,7 @@ BUFFERS = 2
 TOGETHER_BYTES = 4 << 20
 """Up to here the chunks of one post are fetched once all their owners are ready, and given back together: two calls of the driver
 instead of two for each. Above, each is fetched as soon as its owner is ready. (Not tuned.)"""
-KINDS = ("chunks", "gradients")
+KINDS = ("chunks", "gradients", "heads")
 READY, BUSY = 0, 1
 
 
@@ -184,6 +184,8 @@ class _Lane:
     """When what was written since the last lease is complete, by buffer."""
     told: list[set[int]] = field(default_factory=lambda: [set() for _ in range(BUFFERS)])
     """Who was told to read it since then, by buffer."""
+    unwaited: list[list[_Pull]] = field(default_factory=lambda: [[] for _ in range(BUFFERS)])
+    """Posts about it that the computing stream has not waited for, by buffer."""
     reads: Mapping[tuple[int, int], int] = field(default_factory=dict)
     """In how many posts of this pass something comes, by the buffer's step and peer; and how many of them were posted."""
     begun: Counter[tuple[int, int]] = field(default_factory=Counter)
@@ -192,24 +194,22 @@ class _Lane:
 
 
 class Symmetric(Transport):
-    """Pulls through symmetric memory; the heads of Ulysses, which are packed per peer anyway, go by ``heads``."""
+    """Pulls through symmetric memory."""
 
     name = "symmetric"
     pulls = True
 
-    def __init__(self, gpu: Cuda, heads: Transport) -> None:
-        self.gpu, self.rank, self.world, self.heads = gpu, gpu.rank, gpu.world, heads
+    def __init__(self, gpu: Cuda) -> None:
+        self.gpu, self.rank, self.world = gpu, gpu.rank, gpu.world
         self.others = tuple(p for p in range(self.world) if p != self.rank)
         self.flags = gpu.share(len(KINDS) * BUFFERS * 2 * self.world * 4)
         self.lanes = {kind: _Lane(kind, gpu.stream(n), gpu.stream(n)) for n, kind in enumerate(KINDS, start=1)}
         self.kept: list[Shared] = []
 
     @classmethod
-    def of(
-        cls, group: dist.ProcessGroup, timeout_s: float, device: torch.device, ask: Callable[[int], str], meet: Meet
-    ) -> Symmetric:
+    def of(cls, group: dist.ProcessGroup, timeout_s: float, device: torch.device, meet: Meet) -> Symmetric:
         """That of a group's rank. Raises NotSharedError on all ranks if one of them cannot."""
-        return cls(Cuda(group, timeout_s, device, meet), P2P(group, timeout_s, ask))
+        return cls(Cuda(group, timeout_s, device, meet))
 
     @property
     def nbytes(self) -> int:
@@ -221,10 +221,9 @@ class Symmetric(Transport):
         """Address, on rank ``at``, of its flag about ``peer``."""
         return self.flags.addresses[at] + 4 * (((KINDS.index(kind) * BUFFERS + index) * 2 + flag) * self.world + peer)
 
-    def open(self, what: str, plan: Plan, row: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
-        lane, capturing = self.lanes[what], self.gpu.capturing()
+    def open(self, what: str, plan: Plan, nbytes: int) -> None:
+        lane, capturing, size = self.lanes[what], self.gpu.capturing(), -(-nbytes // 1024) * 1024
         lane.passes += 1
-        size = buffer_bytes(plan, what, row, dtype.itemsize)
         if size > lane.size:  # the same on all ranks: it follows from the plan alone
             if capturing:
                 raise ValueError(
@@ -243,7 +242,7 @@ class Symmetric(Transport):
 
     def _index(self, label: Label) -> int:
         """Which of the buffers a post is about; both sides know it."""
-        return (self.lanes["chunks"].passes if label.what == "chunks" else label.step) % BUFFERS
+        return (label.step if label.what == "gradients" else self.lanes[label.what].passes) % BUFFERS
 
     def lease(self, label: Label, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         n = dtype.itemsize
@@ -253,8 +252,11 @@ class Symmetric(Transport):
             return torch.empty(shape, dtype=dtype, device=device)
         lane, index = self.lanes[label.what], self._index(label)
         assert lane.shared is not None and n <= lane.size, (label, shape, lane.size)
-        stream, begun = self.gpu.current(), self.gpu.begun()
+        stream = self.gpu.current()
         trace.begin(trace.WAIT, label.step, peer=-2)
+        for pull in tuple(lane.unwaited[index]):  # a third group of heads leaves before anybody waits for the second
+            pull.join()
+        begun = self.gpu.begun()
         self.gpu.issue(stream, self._ops(lane, "free", index, self.others))
         trace.end(trace.WAIT, label.step, peer=-2)
         self.gpu.watch(label, self.others, begun)
@@ -286,8 +288,6 @@ class Symmetric(Transport):
         return [Op(False, self._flag(p, kind, index, BUSY, self.rank), 0) for p in peers]
 
     def post(self, label: Label, sends: Sequence[Message], receives: Sequence[Message]) -> Pending:
-        if label.what == "heads":
-            return self.heads.post(label, sends, receives)
         gpu, lane, index = self.gpu, self.lanes[label.what], self._index(label)
         main, now, signalled, done = gpu.current(), None, None, None
         told = lane.told[index]
@@ -315,7 +315,7 @@ class Symmetric(Transport):
             for peers in (tuple(reads),) if together else ((peer,) for peer in reads):
                 self._read(lane, label, index, peers, reads)
             done = gpu.mark(lane.copies)
-        return _Pull(self, label, signalled, done, tuple(reads), receives)
+        return _Pull(self, label, signalled, done, tuple(reads), receives, lane.unwaited[index])
 
     def _read(
         self, lane: _Lane, label: Label, index: int, peers: tuple[int, ...], reads: Mapping[int, Sequence[Message]]
@@ -349,19 +349,28 @@ class _Pull:
     """Copies under way; keeps the tensors being filled."""
 
     def __init__(
-        self, transport: Symmetric, label: Label, signalled: Any, done: Any, peers: tuple[int, ...], kept: Sequence[Message]
+        self,
+        transport: Symmetric,
+        label: Label,
+        signalled: Any,
+        done: Any,
+        peers: tuple[int, ...],
+        kept: Sequence[Message],
+        unwaited: list[_Pull],
     ) -> None:
-        self.transport, self.label, self.signalled, self.done, self.peers, self.kept = (
-            transport,
-            label,
-            signalled,
-            done,
-            peers,
-            kept,
-        )
+        self.transport, self.label, self.signalled, self.done = transport, label, signalled, done
+        self.peers, self.kept, self.unwaited = peers, kept, unwaited
+        self.captured = transport.gpu.capturing()
+        unwaited.append(self)
 
-    def wait(self) -> None:
+    def join(self) -> None:
+        """Makes the computing stream wait, unless it has."""
         gpu = self.transport.gpu
+        if self not in self.unwaited:
+            return
+        self.unwaited.remove(self)
+        if self.captured != gpu.capturing():  # of a pass that ended in an error: all is over before a capture, or never happens
+            return
         main = gpu.current()
         if self.signalled is not None:  # given long ago; the next lease may only look at the flags after it
             gpu.wait(main, self.signalled)
@@ -369,23 +378,17 @@ class _Pull:
             begun = gpu.begun()
             gpu.wait(main, self.done)
             gpu.watch(self.label, self.peers, begun)
+
+    def wait(self) -> None:
+        self.join()
         self.kept = ()
-
-
-@lru_cache(maxsize=1024)
-def buffer_bytes(plan: Plan, what: str, row: tuple[int, int], itemsize: int) -> int:
-    """Bytes of one of the two buffers of a kind, the same on all ranks: the longest chunk, or the longest remote stage.
-
-    row: batch and width of a row, which has one entry per head that travels.
-    """
-    rows = plan.longest_chunk() if what == "chunks" else plan.longest_stage()
-    heads = plan.most_heads()
-    return -(-rows * row[0] * heads * row[1] * itemsize // 1024) * 1024
 
 
 @lru_cache(maxsize=1024)
 def _reads(plan: Plan, what: str) -> Mapping[tuple[int, int], int]:
     """In how many posts of a pass a rank reads a peer's buffer: by the step whose gradients lie there (0: chunks) and peer."""
+    if what == "heads":
+        return {(0, plan.rank * len(plan.shares) + member): 1 for member in range(len(plan.shares))}
     slots = itinerary(plan, pulls=True).posts if what == "chunks" else itinerary(plan, pulls=True).homes
     return Counter(
         (moves.label.step if what == "gradients" else 0, peer)

@@ -67,6 +67,7 @@ class Case:
     pieces: int = 0
     stage_rows: int = 0
     local_last: int = LOCAL_LAST
+    head_groups: int = 0
     q_len: int = 32
     k_len: int = 32
     batch: int = 1
@@ -102,10 +103,11 @@ class Case:
 
     def build_schedule(self) -> str | Schedule:
         """What ContextParallel takes: a name, or with words that a name does not tell a Schedule."""
-        if (self.travels, self.pieces, self.stage_rows, self.local_last) == ("auto", 0, 0, LOCAL_LAST):
+        words: dict[str, Any] = {"travels": self.travels, "pieces": self.pieces, "rows": self.stage_rows}
+        words |= {"local_last": self.local_last, "head_groups": self.head_groups}
+        if words == {"travels": "auto", "pieces": 0, "rows": 0, "local_last": LOCAL_LAST, "head_groups": 0}:
             return self.schedule
-        schedule = make_schedule(self.schedule, self.world, self.ulysses, self.inner)
-        return replace(schedule, travels=self.travels, pieces=self.pieces, rows=self.stage_rows, local_last=self.local_last)
+        return replace(make_schedule(self.schedule, self.world, self.ulysses, self.inner), **words)
 
     def build_layout(self) -> str | Layout:
         """What ContextParallel takes: a name, or for "scattered" runs drawn from the seed."""
@@ -187,7 +189,12 @@ def draw(seed: int, *, worlds: Sequence[int] = (1, 2, 3, 4, 5, 6, 7, 8), max_len
         seed=seed,
     )
     folds = more.one_of([1, 1, 2, 3])
-    return replace(case, layout=f"zigzag:{folds}") if layout == "zigzag" and folds > 1 else case
+    trade = world if schedule == "ulysses" else ulysses
+    fit = [n for n in range(2, kv_heads + 1) if kv_heads % n == 0 and case.heads // n >= trade]
+    groups = more.one_of([0, 1, *fit, *fit])
+    if layout == "zigzag" and folds > 1:
+        case = replace(case, layout=f"zigzag:{folds}")
+    return replace(case, head_groups=groups)
 
 
 def _schedule(d: Drawing, world: int) -> tuple[str, int, int | None]:

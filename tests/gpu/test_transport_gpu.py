@@ -21,7 +21,6 @@ from ringflash import Mask, attention
 from ringflash.autograd import Attention, Job
 from ringflash.kernels import Problem, choose, hopper_backward
 from ringflash.parallel.memory import Demand, Shape, extra_bytes, symmetric_bytes, tensor_bytes
-from ringflash.parallel.plan import Plan, make_plan
 from ringflash.parallel.transport import Cargo, Label, Message, Transport
 from ringflash.simulated import SimulatedWorld
 from ringflash.testing import Case, Results, draw, make_inputs, spread
@@ -250,9 +249,22 @@ class Held:
 
 
 @pytest.mark.usefixtures("hopper")
-@pytest.mark.parametrize(("schedule", "groups"), [("ring", 1), ("allgather", 1), ("staged:2", 1), ("ring", 2)])
-def test_the_allocator_agrees_with_the_formula(schedule: str, groups: int) -> None:
-    """One rank of four, its transfers left out: within 3 %, which is 7 to 9 MiB.
+@pytest.mark.parametrize(
+    ("schedule", "kv_heads", "groups"),
+    [
+        ("ring", 4, 1),
+        ("allgather", 4, 1),
+        ("staged:2", 4, 1),
+        ("ring", 4, 2),
+        ("ulysses", 4, 1),
+        ("ulysses", 16, 2),
+        ("ulysses", 16, 4),
+        ("ulysses", 4, 2),  # some share a key head
+    ],
+)
+def test_the_allocator_agrees_with_the_formula(schedule: str, kv_heads: int, groups: int) -> None:
+    """One rank of four, its transfers left out: within 3 %, which is 7 to 9 MiB; where the pass is one call, for whose partial
+    sums the formula has an upper bound, between that without them and that with them.
 
     By the allocator's rules nothing should be left: it rounds up to 512 bytes, and splits a cached block of more than 1 MiB only
     where more than 1 MiB remains. Tensors here are multiples of 2 MiB, or of 512 bytes up to 1 MiB. Kernels keep nothing of
@@ -261,11 +273,12 @@ def test_the_allocator_agrees_with_the_formula(schedule: str, groups: int) -> No
     """
     gc.collect()
     torch.cuda.empty_cache()
-    seqlen, heads, kv_heads, dim = 32768, 16, 4, 128
+    seqlen, heads, dim = 32768, 16, 128
     plan = SimulatedWorld(4, "zigzag", schedule).plan(0, Mask.causal(), seqlen, seqlen, heads, kv_heads)
     kernel = choose("hopper", Problem("cuda", (9, 0), torch.bfloat16, dim, dim, heads, kv_heads, needs_grad=True))
     job = Job(plan, kernel, Leasing(), dim**-0.5, 0.0, False, groups=groups)
-    shapes = ((plan.q_len, heads), (plan.k_len, kv_heads), (plan.k_len, kv_heads))
+    q_len, k_len = plan.q_lengths[plan.member], plan.k_lengths[plan.member]
+    shapes = ((q_len, heads), (k_len, kv_heads), (k_len, kv_heads))
     leaves = [torch.randn(1, rows, h, dim, device="cuda", dtype=torch.bfloat16).requires_grad_() for rows, h in shapes]
     dout = torch.randn_like(leaves[0])
 
@@ -281,12 +294,10 @@ def test_the_allocator_agrees_with_the_formula(schedule: str, groups: int) -> No
     torch.cuda.synchronize()
     found = torch.cuda.max_memory_allocated() - before
     shape = Shape(1, dim, dim)
-    told = tensor_bytes(plan, shape) + extra_bytes(plan, Demand(shape, symmetric=True), groups) - held(plan, shape, groups)
-    print(f"{schedule}, {groups} groups: allocator {found / 2**20:.1f} MiB, formula {told / 2**20:.1f} MiB")
-    assert abs(found - told) < 0.03 * told
-
-
-def held(plan: Plan, shape: Shape, groups: int) -> int:
-    """What the transport would have outside the allocator."""
-    key = plan.key
-    return symmetric_bytes(make_plan(replace(key, heads=key.heads // groups, kv_heads=key.kv_heads // groups)), shape)
+    others = tensor_bytes(plan, shape) - symmetric_bytes(plan, shape, groups=groups)  # which is not the allocator's
+    least, told = (
+        others + extra_bytes(plan, Demand(of, symmetric=True), groups) for of in (replace(shape, portion_bytes=()), shape)
+    )
+    print(f"{schedule}, {groups} groups: allocator {found >> 20} MiB, formula {least >> 20} to {told >> 20} MiB")
+    assert schedule == "ulysses" or least == told
+    assert least - 0.03 * told < found < 1.03 * told

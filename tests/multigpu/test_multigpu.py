@@ -17,15 +17,16 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 from ringflash import ContextParallel, Mask, attention
 from ringflash.parallel.memory import Frugality
-from ringflash.testing import Case, RankPool, Results, draw, objections_on_ranks
+from ringflash.parallel.plan import Plan
+from ringflash.testing import Case, RankPool, Results, draw, gpu_places, objections_on_ranks
 from ringflash.testing.rank_pool import RankError
 from ringflash.testing.runs import context_of, device_of, run_on_rank
 
-GPUS = torch.cuda.device_count()
+PLACES = gpu_places()
 
-pytestmark = [pytest.mark.multigpu, pytest.mark.skipif(GPUS < 2, reason="needs at least two GPUs")]
+pytestmark = [pytest.mark.multigpu, pytest.mark.skipif(PLACES < 2, reason="needs two GPUs, or one for several ranks")]
 
-WORLDS = [n for n in (2, 4, 8) if n <= GPUS] or [2]
+WORLDS = [n for n in (2, 4, 8) if n <= PLACES] or [2]
 
 Pools = Callable[..., RankPool]
 
@@ -46,8 +47,10 @@ SCHEDULES = (
     {"schedule": "allgather"},
     {"schedule": "staged:2"},
     {"schedule": "ulysses"},
+    {"schedule": "ulysses:2", "heads": 16, "kv_heads": 4},
     {"schedule": "double_ring", "inner": 2},
     {"schedule": "hybrid", "ulysses": 2},
+    {"schedule": "hybrid", "ulysses": 2, "head_groups": 2},
 )
 
 
@@ -63,7 +66,7 @@ def gpu_case(world: int, **changes: object) -> Case:
 @pytest.mark.parametrize("world", WORLDS, scope="module")
 def test_every_schedule_computes_every_mask(gpus: Pools, world: int, schedule: dict[str, object]) -> None:
     if schedule["schedule"] == "hybrid" and world == 2:
-        schedule = {"schedule": "ulysses"}  # two ranks have no proper part
+        schedule = {**schedule, "schedule": "ulysses"}  # two ranks have no proper part
     cases = [gpu_case(world, mask=mask, **schedule) for mask in MASKS]
     wrong = objections_on_ranks(gpus(world), cases, device="cuda")
     assert not wrong, "\n".join(wrong)
@@ -77,6 +80,20 @@ def test_every_transport(gpus: Pools, world: int, transport: str) -> None:
         for mask in ("causal()", "documents([0, 300, 1, 700, 23])")
         for layout in ("zigzag", "contiguous", "striped")
     ]
+    wrong = objections_on_ranks(gpus(world), cases, device="cuda")
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("transport", ["auto", "p2p", "alltoall"])
+@pytest.mark.parametrize("world", WORLDS, scope="module")
+def test_heads_in_groups_on_every_transport_that_trades_them(gpus: Pools, world: int, transport: str) -> None:
+    shape = {"heads": 4 * world, "kv_heads": 4, "transport": transport}
+    cases = [
+        gpu_case(world, mask=mask, schedule=f"ulysses:{groups}", dlse=more, sinks=more, batch=1 + more, **shape)
+        for mask in ("causal()", "documents([0, 300, 1, 700, 23])", "dilated(3)")
+        for groups, more in ((1, True), (2, False), (2, True), (4, False), (4, True))
+    ]
+    cases += [gpu_case(world, q_len=rows, k_len=rows, schedule="ulysses:4", **shape) for rows in (1, 257)]  # ranks without rows
     wrong = objections_on_ranks(gpus(world), cases, device="cuda")
     assert not wrong, "\n".join(wrong)
 
@@ -111,8 +128,8 @@ def test_head_dims(gpus: Pools, world: int, head_dim: int, dtype: str) -> None:
 class Quarters(ContextParallel):
     """A context whose budget may choose the stages only: heads go in four groups, one after the other."""
 
-    def frugalities(self, k_len: int, kv_heads: int) -> tuple[Frugality, ...]:
-        return tuple(choice for choice in super().frugalities(k_len, kv_heads) if choice.groups == 4)
+    def frugalities(self, plan: Plan) -> tuple[Frugality, ...]:
+        return tuple(choice for choice in super().frugalities(plan) if choice.groups == 4)
 
 
 def run_lean(rank: int, cases: Sequence[Case], device: str) -> list[tuple[Results, Tensor, Tensor]]:
@@ -137,10 +154,10 @@ def test_lean_in_four_groups_of_heads(gpus: Pools, world: int, transport: str) -
     assert not wrong, "\n".join(wrong)
 
 
-def repeat(rank: int, transport: str) -> bool:
+def repeat(rank: int, transport: str, schedule: str) -> bool:
     """Whether a deterministic pass gives the same bits every time."""
-    cp = ContextParallel(transport=transport)
-    q, k, v = (cp.shard(torch.randn(1, 2048, 8, 64, device="cuda", dtype=torch.bfloat16)).requires_grad_() for _ in range(3))
+    cp = ContextParallel(schedule=schedule, transport=transport)
+    q, k, v = (cp.shard(torch.randn(1, 2048, h, 64, device="cuda", dtype=torch.bfloat16)).requires_grad_() for h in (32, 4, 4))
     dout = torch.randn_like(q)
     runs = []
     for _ in range(5):
@@ -150,9 +167,10 @@ def repeat(rank: int, transport: str) -> bool:
 
 
 @pytest.mark.parametrize("transport", ["auto", "p2p"])
+@pytest.mark.parametrize("schedule", ["auto", "ulysses:4"])  # of whose groups ranks share the one key head
 @pytest.mark.parametrize("world", WORLDS[-1:], scope="module")
-def test_deterministic_means_the_same_bits(gpus: Pools, world: int, transport: str) -> None:
-    assert all(gpus(world).run(repeat, transport))
+def test_deterministic_means_the_same_bits(gpus: Pools, world: int, transport: str, schedule: str) -> None:
+    assert all(gpus(world).run(repeat, transport, schedule))
 
 
 TIMEOUT_S = 5.0
