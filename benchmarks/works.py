@@ -23,6 +23,7 @@ def lognormal(mean: int, total: int, seed: int = 0) -> tuple[int, ...]:
 
 
 ONE_LAYOUT, BOTH_LAYOUTS = ("ringflash",), ("ringflash", "ringflash@zigzag:8")
+HEADS_TOO = ("ringflash", "ringflash@ulysses")
 CAUSAL_PEERS = ("ring_flash_attn_fa4", "ulysses_fa4", "ulysses_cudnn", "torch_cp_allgather_cudnn")
 
 
@@ -99,8 +100,8 @@ WORKS = {
         Work("causal_256k", 256 * K, ours=(*BOTH_LAYOUTS, "ringflash_lean"), peers=CAUSAL_PEERS[:3], rounds=3),
         Work("causal_512k", 512 * K, peers=CAUSAL_PEERS[:2], rounds=2, long=True),
         Work("causal_1m", 1024 * K, peers=CAUSAL_PEERS[:1], rounds=1, long=True),
-        Work("mha_64k", 64 * K, kv_heads=32),
-        Work("mha_128k", 128 * K, kv_heads=32),
+        Work("mha_64k", 64 * K, kv_heads=32, ours=HEADS_TOO),
+        Work("mha_128k", 128 * K, kv_heads=32, ours=HEADS_TOO),
         Work(
             "documents_4k",
             256 * K,

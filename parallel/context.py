@@ -142,7 +142,8 @@ class ContextParallel(Sharding):
     layout     which tokens a rank holds: "zigzag", "zigzag:K", "contiguous", "striped", "balanced" (then use ``for_mask``), or a
                Layout.
     schedule   "auto", "ring", "allgather", "staged:K" (K chunks a stage), "ulysses" or "ulysses:K" (heads in K groups, one
-               exchanged while another is computed; by default as many as pay), "hybrid", "double_ring", or a Schedule.
+               exchanged while another is computed; by default two, where sequences are long), "hybrid", "double_ring", or a
+               Schedule.
     ulysses    ranks that trade heads for sequence (for "hybrid"); neighbours in the group.
     inner      ranks of one fast-linked group (for "double_ring"); neighbours in the group.
     transport  "auto" (symmetric on one host with CUDA, else point to point), "p2p", "alltoall", "allgather" (with schedule

@@ -103,12 +103,12 @@ def run_on_rank(case: Case, device: str = "cpu", cp: ContextParallel | None = No
 
 def run_all_on_rank(rank: int, cases: Sequence[Case], device: str = "cpu") -> list[tuple[Results, Tensor, Tensor]]:
     """``run_on_rank`` of several cases, one after the other."""
-    return [run_on_rank(case, device_of(rank, device)) for case in cases]
+    return [run_on_rank(case, device_of(device)) for case in cases]
 
 
-def device_of(rank: int, kind: str) -> str:
-    """A rank's own device of a kind."""
-    return f"{kind}:{rank}" if kind == "cuda" else kind
+def device_of(kind: str) -> str:
+    """This rank's own device of a kind."""
+    return f"{kind}:{torch.cuda.current_device()}" if kind == "cuda" else kind
 
 
 def assembled(case: Case, parts: Sequence[tuple[Results, Tensor, Tensor]]) -> Results:

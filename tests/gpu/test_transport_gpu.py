@@ -263,8 +263,8 @@ class Held:
     ],
 )
 def test_the_allocator_agrees_with_the_formula(schedule: str, kv_heads: int, groups: int) -> None:
-    """One rank of four, its transfers left out: within 3 %, which is 7 to 9 MiB; where the pass is one call, for whose partial
-    sums the formula has an upper bound, between that without them and that with them.
+    """One rank of four, its transfers left out: within 3 %, which is 7 to 9 MiB; where the pass is one call, for whose sums in
+    float32 the formula has an upper bound, between that without them and that with them.
 
     By the allocator's rules nothing should be left: it rounds up to 512 bytes, and splits a cached block of more than 1 MiB only
     where more than 1 MiB remains. Tensors here are multiples of 2 MiB, or of 512 bytes up to 1 MiB. Kernels keep nothing of
@@ -300,4 +300,6 @@ def test_the_allocator_agrees_with_the_formula(schedule: str, kv_heads: int, gro
     )
     print(f"{schedule}, {groups} groups: allocator {found >> 20} MiB, formula {least >> 20} to {told >> 20} MiB")
     assert schedule == "ulysses" or least == told
+    # Such a pass may do without float32 dk and dv, which are told all the same.
+    least -= 0 if least == told else plan.k_len * plan.share.kv_heads // groups * 2 * dim * 4
     assert least - 0.03 * told < found < 1.03 * told

@@ -137,7 +137,7 @@ def run_lean(rank: int, cases: Sequence[Case], device: str) -> list[tuple[Result
     found = []
     for case in cases:
         cp = context_of(case, Quarters, memory_budget="lean")
-        found.append(run_on_rank(case, device_of(rank, device), cp))
+        found.append(run_on_rank(case, device_of(device), cp))
         assert [job.groups for job in cp.jobs.values()] == [4]
     return found
 

@@ -164,7 +164,7 @@ def layers(rank: int, kind: type[Symmetric] | None, moved: str, seed: int) -> li
         for schedule in MOVED[moved]
         for layout in ("zigzag", "contiguous", "contiguous")
     ]
-    transport = contexts[0].transport(torch.device("cuda", rank))
+    transport = contexts[0].transport(torch.device("cuda", torch.cuda.current_device()))
     assert isinstance(transport, Symmetric)
     if kind is not None:
         gpu = transport.gpu
@@ -172,7 +172,7 @@ def layers(rank: int, kind: type[Symmetric] | None, moved: str, seed: int) -> li
         Slow.random = random.Random(1000 * seed + rank)
         Slow.often = 0.25 if seed % 2 == 0 else 0.5 if rank == WORLD - 1 else 0.05
     for cp in contexts:  # all layers share the buffers of one transport
-        cp._transports[torch.device("cuda", rank)] = transport
+        cp._transports[torch.device("cuda", torch.cuda.current_device())] = transport
     found, open_layers = [], []
     for n in range(24):
         cp = choice.choice(contexts)
@@ -215,6 +215,7 @@ BUGS = (
 )
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < WORLD, reason="ranks that take turns on a GPU are seldom in each other's way")
 @pytest.mark.parametrize(("bug", "moved"), BUGS, ids=lambda word: getattr(word, "__name__", word))
 def test_random_delays_show_a_bug(fresh_gpus: Pools, bug: type[Symmetric], moved: str) -> None:
     """In numbers, or in ranks that wait until they give up: a signal that is lost is not given again. No other error counts."""
@@ -321,7 +322,7 @@ class Memory(NamedTuple):
 
     found: int
     least: int
-    """By the formula without the partial sums of a pass of one call, for which it has an upper bound."""
+    """By the formula without the sums in float32 of a pass of one call, for which it has an upper bound."""
     told: int
     held: int
     told_held: int
@@ -357,6 +358,8 @@ def memory(rank: int, schedule: str | Schedule, budget: int | None, kv_heads: in
         tensor_bytes(job.plan, shape) + extra_bytes(job.plan, Demand(of, symmetric=True), job.groups) - held
         for of in (replace(shape, portion_bytes=()), shape)
     )
+    if least < told:
+        least -= job.plan.k_len * job.plan.share.kv_heads // job.groups * 2 * dim * 4  # dk and dv, which it may do without
     return Memory(found, least, told, transport.nbytes - transport.flags.memory.nbytes, held)
 
 
