@@ -577,7 +577,7 @@ def test_a_killed_rank_ends_the_job_and_is_named(text: Path, tmp_path: Path) -> 
 @needs_proc
 @pytest.mark.slow  # torch's launcher gives the stalled rank half a minute to react to SIGTERM
 def test_a_stalled_rank_ends_the_job_and_is_named(text: Path, tmp_path: Path) -> None:
-    with Job(*endless(text, tmp_path), "parallel.timeout_s=4") as job:
+    with Job(*endless(text, tmp_path), "parallel.timeout_s=10") as job:  # four ranks have to join within that, too
         job.wait_for(r"^step +([4-9]|\d\d)")
         os.kill(job.ranks()[1], signal.SIGSTOP)
         assert job.end() == 1, job.output
