@@ -230,7 +230,7 @@ def started(name: str, work: Work, cfg: DictConfig, device: torch.device, say: C
 def measure(
     work: Work, cfg: DictConfig, device: torch.device, say: Callable[..., None]
 ) -> tuple[list[Row], list[dict[str, Any]]]:
-    """All systems on one work, interleaved; and the spans of a recorded pass of ringflash, of all ranks."""
+    """All systems on one work, interleaved; and the spans of a recorded pass of the first of ringflash's, of all ranks."""
     names = cfg.systems or ("single", *work.ours, *work.peers)
     systems = [s for name in names if (s := started(name, work, cfg, device, say)) is not None]
     rounds = work.rounds if work.rounds is not None else cfg.rounds
@@ -250,15 +250,18 @@ def measure(
     rows = [row_of(system, work, cfg) for system in systems]
     spans: list[dict[str, Any]] = []
     for system, row in zip(systems, rows, strict=True):
-        if system.plan is not None and system.plan.key.schedule.ulysses == 1:
+        if system.plan is None:
+            continue
+        if not work.long:
+            found, row.forward_exposed_ms, row.backward_exposed_ms = recorded(system, work.name)
+            spans = spans or found
+        if system.plan.key.schedule.ulysses == 1:  # these count what a ring moves
             row.budget_gib = round(_slowest(budget(system.plan, cfg.head_dim, system.q.element_size()) / GIB), 2)
             row.rows_moved = _everywhere(system.plan.rows_received())
             row.rows_least = least_rows(work.mask(), system.plan.key.k_layout)
             takes_delta = choose(system.backend, Problem.of(system.q, system.k, system.v, needs_grad=True)).extras.delta
             moved, least = wire_bytes(system.plan, row.rows_least, cfg.head_dim, system.q.element_size(), takes_delta)
             row.gib_moved, row.gib_least = round(_everywhere(moved) / GIB, 4), round(least / GIB, 4)
-            if not work.long and not spans:
-                spans, row.forward_exposed_ms, row.backward_exposed_ms = recorded(system, work.name)
     compare(rows)
     return rows, spans
 

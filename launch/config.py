@@ -215,7 +215,8 @@ def check_world(config: TrainConfig, world: int) -> None:
             f"{world} ranks cannot be arranged as parallel.dp={dp} x parallel.ulysses={ulysses} x ring; "
             f"start a multiple of {dp * ulysses} ranks or change one of the two."
         )
-    make_schedule(config.parallel.schedule, world // dp, ulysses, config.parallel.inner or None)
+    schedule = make_schedule(config.parallel.schedule, world // dp, ulysses, config.parallel.inner or None)
+    schedule.check_groups(config.model.heads, config.model.kv_heads)
 
 
 def _get(config: TrainConfig, key: str) -> Any:

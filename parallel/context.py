@@ -142,8 +142,8 @@ class ContextParallel(Sharding):
     layout     which tokens a rank holds: "zigzag", "zigzag:K", "contiguous", "striped", "balanced" (then use ``for_mask``), or a
                Layout.
     schedule   "auto", "ring", "allgather", "staged:K" (K chunks a stage), "ulysses" or "ulysses:K" (heads in K groups, one
-               exchanged while another is computed; by default two, where sequences are long), "hybrid", "double_ring", or a
-               Schedule.
+               exchanged while another is computed; by default two, where sequences are long and ranks have an even number of key
+               heads), "hybrid", "double_ring", or a Schedule.
     ulysses    ranks that trade heads for sequence (for "hybrid"); neighbours in the group.
     inner      ranks of one fast-linked group (for "double_ring"); neighbours in the group.
     transport  "auto" (symmetric on one host with CUDA, else point to point), "p2p", "alltoall", "allgather" (with schedule
@@ -151,9 +151,9 @@ class ContextParallel(Sharding):
                owner's memory).
     timeout_s  how long a peer may be silent before an error, seconds (default RINGFLASH_TIMEOUT_S).
     memory_budget  bytes that a call may take on a rank at most, forward or backward, beyond what the caller has anyway (q, k, v,
-               out, log-sum-exp and gradients): running state, stages, the buffers of symmetric memory, and what the kernel sums
-               deterministic gradients in. "auto" then takes smaller stages, and any schedule computes the heads in groups, one
-               group after the other, as far as it must; ValueError, with the numbers, if even that takes more.
+               out, log-sum-exp and gradients): running state, stages, traded heads, the buffers of symmetric memory, and what
+               the kernel sums deterministic gradients in. "auto" then takes smaller stages, and any schedule computes the heads
+               in groups, one group after the other, as far as it must; ValueError, with the numbers, if even that takes more.
                "lean": a tenth of those tensors and 1.1 times two stages (and what the kernel sums in, and traded heads), or else
                as little as can be. Default None: no bound.
 

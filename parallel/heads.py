@@ -11,6 +11,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Generator, Iterator, Sequence
 from functools import lru_cache
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -29,7 +30,7 @@ Turns = Generator[Any, None, list[Tensor]]
 ALIGNMENT = 16
 """Of blocks in memory that others read, bytes."""
 
-Run = tuple[range, Tensor]
+Blocks = tuple[range, Tensor]
 """Members side by side whose blocks are alike, and these blocks as one tensor: (members, rows, B, heads, D)."""
 
 
@@ -61,15 +62,77 @@ def largest_pack(plan: Plan, entering: bool, tensors: tuple[Traded, ...]) -> int
     return max(map(packed, range(len(plan.shares))))
 
 
-@lru_cache(maxsize=4096)
-def _places(plan: Plan, entering: bool, source: int, tensors: tuple[Traded, ...]) -> tuple[dict[tuple[int, int], int], int]:
-    """Where the blocks that a member packs begin, by tensor and receiver, and where the last one ends."""
-    found, at = {}, 0
-    for i, what in enumerate(tensors):
-        for dest in (m for m in range(len(plan.shares)) if m != source):
-            found[i, dest] = at
-            at += block_bytes(plan, entering, source, dest, what)
-    return found, at
+class _Route(NamedTuple):
+    """An exchange through memory that others read."""
+
+    largest: int
+    """Bytes of a buffer: `largest_pack`."""
+    end: int
+    """Bytes that this member packs."""
+    begins: dict[tuple[int, int], int]
+    """Where in these a block begins, by tensor and receiver."""
+    readers: tuple[int, ...]
+    reads: tuple[tuple[int, int, int], ...]
+    """Member, tensor, and where its block for this one begins in what that member packs."""
+
+
+@lru_cache(maxsize=1024)
+def _route(plan: Plan, entering: bool, tensors: tuple[Traded, ...]) -> _Route:
+    def begins(source: int) -> tuple[dict[tuple[int, int], int], int]:
+        found, at = {}, 0
+        for i, what in enumerate(tensors):
+            for dest in (m for m in range(len(plan.shares)) if m != source):
+                found[i, dest] = at
+                at += block_bytes(plan, entering, source, dest, what)
+        return found, at
+
+    def some(source: int, dest: int, what: Traded) -> bool:
+        return block_bytes(plan, entering, source, dest, what) > 0
+
+    (mine, end), me = begins(plan.member), plan.member
+    others = _others(plan)
+    readers = tuple(m for m in others if any(some(me, m, what) for what in tensors))
+    reads = tuple((m, i, begins(m)[0][i, me]) for m in others for i, what in enumerate(tensors) if some(m, me, what))
+    return _Route(largest_pack(plan, entering, tensors), end, mine, readers, reads)
+
+
+def _others(plan: Plan) -> tuple[int, ...]:
+    """The other members, the next one first, so that every one is read by one other at a time."""
+    members = len(plan.shares)
+    return tuple((plan.member + hop) % members for hop in range(1, members))
+
+
+class _Cut(NamedTuple):
+    """How members share a tensor's rows and heads; the other members, together as far as their rows, or heads, are equal and side
+    by side: one copy does for all of them."""
+
+    rows: tuple[slice, ...]
+    heads: tuple[slice, ...]
+    by_rows: tuple[range, ...]
+    by_heads: tuple[range, ...]
+
+
+@lru_cache(maxsize=1024)
+def _cut(plan: Plan, keys: bool) -> _Cut:
+    ends = list(accumulate(plan.k_lengths if keys else plan.q_lengths))
+    rows = tuple(slice(a, b) for a, b in pairwise([0, *ends]))
+    heads = tuple(share.span(keys) for share in plan.shares)
+
+    def runs(slices: Sequence[slice]) -> tuple[range, ...]:
+        found: list[range] = []
+        for m in (m for m in range(len(slices)) if m != plan.member):
+            before, mine = slices[m - 1], slices[m]
+            if (
+                found
+                and found[-1].stop == m
+                and (before.stop, before.stop - before.start) == (mine.start, mine.stop - mine.start)
+            ):
+                found[-1] = range(found[-1].start, m + 1)
+            else:
+                found.append(range(m, m + 1))
+        return tuple(found)
+
+    return _Cut(rows, heads, runs(rows), runs(heads))
 
 
 def _aligned(nbytes: int) -> int:
@@ -92,25 +155,6 @@ class HeadExchange:
         self.members = len(plan.shares)
         self.first = plan.rank * self.members
 
-    def _rows(self, keys: bool) -> list[slice]:
-        lengths = self.plan.k_lengths if keys else self.plan.q_lengths
-        starts = [sum(lengths[:i]) for i in range(self.members)]
-        return [slice(a, a + n) for a, n in zip(starts, lengths, strict=True)]
-
-    def _spans(self, keys: bool) -> list[slice]:
-        return [share.span(keys) for share in self.plan.shares]
-
-    def _runs(self, slices: Sequence[slice]) -> list[range]:
-        """The other members, together as far as their slices are equal and side by side: one copy does for all of them."""
-        runs: list[range] = []
-        for m in (m for m in range(self.members) if m != self.plan.member):
-            before, mine = slices[m - 1], slices[m]
-            if runs and runs[-1].stop == m and (before.stop, before.stop - before.start) == (mine.start, mine.stop - mine.start):
-                runs[-1] = range(runs[-1].start, m + 1)
-            else:
-                runs.append(range(m, m + 1))
-        return runs
-
     def enter(self, tensors: Sequence[tuple[Tensor, bool]]) -> Turns:
         """All heads of the own rows -> the own heads of all members' rows.
 
@@ -120,11 +164,11 @@ class HeadExchange:
             return [x for x, _ in tensors]
         me, results, leaves, arrives = self.plan.member, [], [], []
         for x, keys in tensors:
-            x, rows, spans = x.transpose(0, 1), self._rows(keys), self._spans(keys)
-            out = x.new_empty((rows[-1].stop, x.shape[1], spans[me].stop - spans[me].start, x.shape[3]))
-            copy_rows(out[rows[me]], x[:, :, spans[me]])
-            leaves.append([(run, _parts(x, 2, spans, run)) for run in self._runs(spans)])
-            arrives.append({peer: out[rows[peer]] for peer in self._others()})
+            x, cut = x.transpose(0, 1), _cut(self.plan, keys)
+            out = x.new_empty((cut.rows[-1].stop, x.shape[1], cut.heads[me].stop - cut.heads[me].start, x.shape[3]))
+            copy_rows(out[cut.rows[me]], x[:, :, cut.heads[me]])
+            leaves.append([(run, _parts(x, 2, cut.heads, run)) for run in cut.by_heads])
+            arrives.append({peer: out[cut.rows[peer]] for peer in _others(self.plan)})
             results.append(out)
         pending = self._post(0, [keys for _, keys in tensors], leaves, arrives)
         yield POSTED
@@ -139,20 +183,19 @@ class HeadExchange:
         me, step = self.plan.member, len(self.plan.steps)
         owns, homes, leaves, arrives = [], [], [], []
         for x, keys in tensors:
-            x, rows, spans = self._folded(x, keys).transpose(0, 1), self._rows(keys), self._spans(keys)
-            own = x[rows[me]]
-            leaves.append([(run, _parts(x, 0, rows, run)) for run in self._runs(rows)])
-            sizes = [
-                (len(run), *own.shape[:2], spans[run[0]].stop - spans[run[0]].start, own.shape[3]) for run in self._runs(spans)
-            ]
-            homes.append([(run, x.new_empty(size)) for run, size in zip(self._runs(spans), sizes, strict=True)])
+            x, cut = self._folded(x, keys).transpose(0, 1), _cut(self.plan, keys)
+            own = x[cut.rows[me]]
+            leaves.append([(run, _parts(x, 0, cut.rows, run)) for run in cut.by_rows])
+            n_heads = [cut.heads[run[0]].stop - cut.heads[run[0]].start for run in cut.by_heads]
+            sizes = [(len(run), *own.shape[:2], n, own.shape[3]) for run, n in zip(cut.by_heads, n_heads, strict=True)]
+            homes.append([(run, x.new_empty(size)) for run, size in zip(cut.by_heads, sizes, strict=True)])
             arrives.append({m: part for run, parts in homes[-1] for m, part in zip(run, parts, strict=True)})
             owns.append(own)
         pending = self._post(step, [keys for _, keys in tensors], leaves, arrives)
         yield POSTED
         self._wait(step, pending)
         for (_, keys), own, home, of, whole in zip(tensors, owns, homes, arrives, into, strict=True):
-            target, spans = whole.transpose(0, 1), self._spans(keys)
+            target, spans = whole.transpose(0, 1), _cut(self.plan, keys).heads
             if keys and self.plan.shares_keys:
                 target.zero_()
                 for member, span in enumerate(spans):  # in the members' order on every rank: the sum is reproducible
@@ -180,12 +223,8 @@ class HeadExchange:
             torch.sum(x[:, :, heads.start : heads.stop], 2, out=out[:, :, k])
         return out
 
-    def _others(self) -> Iterator[int]:
-        """The next member first, so that every one is read by one other at a time."""
-        return ((self.plan.member + hop) % self.members for hop in range(1, self.members))
-
     def _post(
-        self, step: int, keys: Sequence[bool], leaves: Sequence[Sequence[Run]], arrives: Sequence[dict[int, Tensor]]
+        self, step: int, keys: Sequence[bool], leaves: Sequence[Sequence[Blocks]], arrives: Sequence[dict[int, Tensor]]
     ) -> Pending:
         """Of each tensor: what leaves, strided, and by member what arrives, contiguous."""
         label, first = Label("heads", step), self.first
@@ -193,32 +232,23 @@ class HeadExchange:
             sends = [Message(first + m, x.contiguous()) for of in leaves for m, x in _one_by_one(of)]
             receives = [Message(first + m, x) for of in arrives for m, x in of.items() if x.numel()]
             return self.transport.post(label, sends, receives)
-        plan, me, entering = self.plan, self.plan.member, step == 0
         some = [next(iter(of.values())) for of in arrives]
         traded = tuple(Traded(x.shape[1] * x.shape[3] * x.element_size(), of) for x, of in zip(some, keys, strict=True))
-        self.transport.open("heads", plan, largest_pack(plan, entering, traded))
-        places, end = _places(plan, entering, me, traded)
-        buffer = self.transport.lease(label, (end,), torch.uint8, some[0].device)
+        route = _route(self.plan, step == 0, traded)
+        self.transport.open("heads", self.plan, route.largest)
+        buffer = self.transport.lease(label, (route.end,), torch.uint8, some[0].device)
         trace.begin(trace.PACK, step)
         for i, of in enumerate(leaves):
             for run, x in of:
                 if x.numel():
-                    stride = block_bytes(plan, entering, me, run[0], traded[i])
-                    there = buffer[places[i, run[0]] :][: stride * len(run)].view(len(run), stride)
+                    stride = block_bytes(self.plan, step == 0, self.plan.member, run[0], traded[i])
+                    there = buffer.narrow(0, route.begins[i, run[0]], stride * len(run)).view(len(run), stride)
                     there = there[:, : x[0].numel() * x.element_size()].view(x.dtype)
                     copy_rows(there.unflatten(1, x.shape[1:]), x)
         trace.end(trace.PACK, step)
-        sends = [
-            Message(first + m, buffer[places[i, m] :][: x.numel() * x.element_size()])
-            for i, of in enumerate(leaves)
-            for m, x in _one_by_one(of)
-        ]
-        receives = [
-            Message(first + m, of[m].view(torch.uint8).view(-1), _places(plan, entering, m, traded)[0][i, me])
-            for m in self._others()
-            for i, of in enumerate(arrives)
-            if of[m].numel()
-        ]
+        # Of what leaves a transport that is read needs to know by whom.
+        sends = [Message(first + m, buffer) for m in route.readers]
+        receives = [Message(first + m, arrives[i][m].view(torch.uint8).view(-1), begin) for m, i, begin in route.reads]
         return self.transport.post(label, sends, receives)
 
     def _wait(self, step: int, pending: Pending) -> None:
@@ -227,7 +257,7 @@ class HeadExchange:
         trace.end(trace.WAIT, step, peer=-3)
 
 
-def _one_by_one(runs: Sequence[Run]) -> Iterator[tuple[int, Tensor]]:
+def _one_by_one(runs: Sequence[Blocks]) -> Iterator[tuple[int, Tensor]]:
     """The blocks of all members in some runs. Both sides know the sizes, so empty ones need not travel."""
     return ((m, x) for run, blocks in runs if blocks.numel() for m, x in zip(run, blocks, strict=True))
 

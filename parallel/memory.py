@@ -356,15 +356,21 @@ def _in_groups(walks: Sequence[Iterator[None]], trades: bool) -> None:
 
 
 def forward_peak(
-    plan: Plan, shape: Shape, sinks: bool = False, lse: bool = False, leased: bool = False, groups: int | None = None
+    plan: Plan,
+    shape: Shape,
+    sinks: bool = False,
+    lse: bool = False,
+    leased: bool = False,
+    groups: int | None = None,
+    saves: bool = True,
 ) -> Peak:
     """The peak of `autograd.forward_in_groups`, inputs and results included.
 
     lse: whether the caller gets it. leased: without what symmetric memory holds for it. groups: of heads; None: as many as the
-    plan's key says.
+    plan's key says. saves: whether gradients can be asked for.
     """
     part, groups = _of_one_group(plan, groups)
-    ledger, trades, call = Ledger(), len(plan.shares) > 1, Demand(shape, False, sinks, lse, leased)
+    ledger, trades, call = Ledger(), len(plan.shares) > 1, Demand(shape, saves, sinks, lse, leased)
     own = Own.of(plan, shape)
     ledger.take(INPUTS, own.q + own.kv)
     if groups > 1:
@@ -392,7 +398,7 @@ def _forward(plan: Plan, call: Demand, room: Ledger, grouped: bool) -> Iterator[
     rows_first = [alone, alone and plan.share.q_heads == 1]
     leaving = _traded(plan, shape, False, False, call.lse)
     yield from exchange.leave(leaving, rows_first[: len(leaving)])
-    loop.close(EXCHANGED, RESULTS)  # which are saved
+    loop.close(*((EXCHANGED, RESULTS) if call.backward else ()))  # which are saved
 
 
 def _forward_steps(plan: Plan, call: Demand, loop: Ledger) -> None:
@@ -558,7 +564,7 @@ def lean_bytes(plan: Plan, call: Demand) -> int:
     (part, groups), shape = _of_one_group(plan, None), call.shape
     stage = plan.longest_stage() * plan.share.kv_heads * shape.dims * shape.dtype_bytes * shape.batch
     portions = shape.portions(shape.one_call and _is_only_call(part)) if call.backward else 0
-    kept = groups * _exchanged_bytes(part, shape) if len(plan.shares) > 1 else 0
+    kept = groups * _exchanged_bytes(part, shape) if len(plan.shares) > 1 and call.backward else 0
     return (tensor_bytes(plan, shape, call.backward) + 11 * 2 * stage) // 10 + portions + kept
 
 
@@ -595,7 +601,7 @@ def extra_bytes(plan: Plan, call: Demand, groups: int | None = None) -> int:
     groups: of heads (autograd.py); None: as many as the plan's key says.
     """
     shape = call.shape
-    forward = forward_peak(plan, shape, call.sinks, call.lse, call.symmetric, groups).total
+    forward = forward_peak(plan, shape, call.sinks, call.lse, call.symmetric, groups, call.backward).total
     most = max(forward - tensor_bytes(plan, shape, False), 0)
     if call.backward:
         most = max(most, backward_peak(plan, shape, call.lse, call.symmetric, groups).total - tensor_bytes(plan, shape))

@@ -17,9 +17,9 @@ TRAVELS = ("auto", "kv", "q")
 
 MOST_GROUPS, GROUP_ROWS = 2, 65_536
 """Ranks that trade all their heads do so in two groups, if each leaves a rank so many rows of query heads: four rounds of a GPU's
-tiles. One group is on its way while the other is computed. More groups hide more, but cost as much: on two H200, causal, forward
-and forward + backward of one GPU in 1, 2, 4 groups: 64k tokens, 32 heads .940/.950, .966/.958, .955/.947; 128k, 8 key heads
-.977/.981, .982/.973, .978/.962."""
+tiles, and an equal number of key heads. One group is on its way while the other is computed. Chosen for the forward pass; more
+groups hide more, but cost as much: on two H200, causal, forward and forward + backward of one GPU in 1, 2, 4 groups: 64k tokens,
+32 heads .940/.950, .966/.958, .955/.947; 128k, 8 key heads .977/.981, .982/.973, .978/.962."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Schedule:
     local_last  in a backward pass a part of the local chunk is computed last, while the last gradients travel home, where chunks
               have at least so many rows.
     head_groups  groups of heads that are traded and computed one after the other, one on its way while another is computed; 0
-              decides by size (with a head exchange over all ranks, else 1).
+              decides by size (with a head exchange over all ranks, else 1). Each group's heads are dealt to the ranks anew.
     travels   in the backward pass: "kv" (K and V, and their gradients home), "q" (Q, dO and what belongs to their rows, and dQ
               home), or "auto": whichever is fewer bytes.
     """
@@ -56,6 +56,19 @@ class Schedule:
     def __post_init__(self) -> None:
         if self.travels not in TRAVELS:
             raise ValueError(f"travels must be one of {', '.join(TRAVELS)}, got {self.travels!r}")
+
+    def check_groups(self, heads: int, kv_heads: int) -> None:
+        """Raises ValueError if so many heads cannot go in the groups that are asked for."""
+        groups = self.head_groups or 1
+        if kv_heads % groups:
+            raise ValueError(
+                f"{groups} groups of heads do not divide the {kv_heads} key heads; use a number that does, or leave it out"
+            )
+        if groups > 1 and heads // groups < self.ulysses:
+            raise ValueError(
+                f"{groups} groups of heads leave some of the {self.ulysses} ranks that trade them none of a group's "
+                f"{heads // groups} query heads; use fewer groups, or leave the number out"
+            )
 
     def __str__(self) -> str:
         extra = [f"{f.name}={value}" for f in fields(self)[1:] if (value := getattr(self, f.name)) != f.default]

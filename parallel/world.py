@@ -75,17 +75,8 @@ class PlanKey:
     def groups(self) -> int:
         """Groups of heads, one after the other, if no memory budget asks for more. Raises ValueError if that many cannot be."""
         schedule = self.schedule
+        schedule.check_groups(self.heads, self.kv_heads)
         if schedule.head_groups:
-            if self.kv_heads % schedule.head_groups:
-                raise ValueError(
-                    f"head_groups={schedule.head_groups} does not divide the {self.kv_heads} key heads; "
-                    "use a number that does, or 0"
-                )
-            if schedule.head_groups > 1 and self.heads // schedule.head_groups < schedule.ulysses:
-                raise ValueError(
-                    f"head_groups={schedule.head_groups} leaves some of the {schedule.ulysses} ranks that trade heads none of a "
-                    f"group's {self.heads // schedule.head_groups} query heads; use fewer groups, or 0"
-                )
             return schedule.head_groups
         if schedule.ulysses == 1 or schedule.ulysses < self.world or self.kv_heads % schedule.ulysses:
             return 1

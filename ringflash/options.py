@@ -45,7 +45,7 @@ def at_least_one(name: str, value: int) -> int:
 
 
 def schedule_name(text: str) -> str:
-    """The name of a --schedule, possibly with the chunks of a stage."""
+    """The name of a --schedule, possibly with the chunks of a stage or groups of heads."""
     from ringflash.parallel.schedule import SCHEDULES
 
     if text not in SCHEDULES and not re.fullmatch(r"(staged|ulysses):0*[1-9]\d*", text):

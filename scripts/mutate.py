@@ -225,8 +225,8 @@ BUGS = (
     Bug(
         "Ulysses: peers are sent the own heads",
         "parallel/heads.py",
-        "_parts(x, 2, spans, run)) for run in",
-        "_parts(x, 2, spans, range(me, me + 1)).expand(len(run), -1, -1, -1, -1)) for run in",
+        "_parts(x, 2, cut.heads, run)) for run in",
+        "_parts(x, 2, cut.heads, range(me, me + 1)).expand(len(run), -1, -1, -1, -1)) for run in",
     ),
     Bug(
         "Ulysses: a query head reads the wrong key head",
@@ -269,14 +269,14 @@ BUGS = (
     Bug(
         "heads: a reader begins where its own block for the owner would",
         "parallel/heads.py",
-        "_places(plan, entering, m, traded)[0][i, me]",
-        "_places(plan, entering, me, traded)[0][i, m]",
+        "begins(m)[0][i, me]",
+        "begins(me)[0][i, m]",
         DRAWN_SYMMETRIC,
     ),
     Bug(
         "heads: blocks for several members without what aligns them",
         "parallel/heads.py",
-        "stride = block_bytes(plan, entering, me, run[0], traded[i])",
+        "stride = block_bytes(self.plan, step == 0, self.plan.member, run[0], traded[i])",
         "stride = x[0].numel() * x.element_size()",
         DRAWN_SYMMETRIC,
     ),

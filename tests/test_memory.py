@@ -373,6 +373,23 @@ def test_heads_in_groups_take_what_the_formula_says(schedule: str, groups: int) 
         assert abs(found - extra_bytes(plan, Demand(case.shape), groups)) <= SMALL
 
 
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("schedule", ["ring", "ulysses"])
+def test_where_nobody_asks_for_gradients_no_traded_heads_are_kept(schedule: str, groups: int) -> None:
+    case = Case("untracked", Mask.causal(), schedule, heads=16, kv_heads=16, batch=1, groups=groups)
+    for rank in range(case.world):
+        plan, transport = case.plan(rank), Nowhere()
+        job = Job(plan, Idle(), transport, 1.0, 0.0, False, tracked=False, groups=groups)
+        shapes = ((16, case.head_dim), (16, case.head_dim), (16, case.head_dim_v))
+        given = [torch.zeros(1, plan.q_lengths[plan.member], h, d, dtype=case.dtype) for h, d in shapes]
+        with Storages(transport, *given) as storages:
+            run_out(forward_in_groups(job, *given, None))
+        told = forward_peak(plan, case.shape, groups=groups, saves=False)
+        agree(told, storages.most)
+        saved = forward_peak(plan, case.shape, groups=groups)
+        assert (told.total < saved.total) == (schedule == "ulysses" and groups > 2)
+
+
 @pytest.mark.parametrize("schedule", ["ring", "ulysses"])
 def test_without_a_number_groups_are_those_of_the_plan(schedule: str) -> None:
     case = Case("groups", Mask.causal(), schedule, heads=16, kv_heads=16)

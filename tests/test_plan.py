@@ -612,7 +612,7 @@ def test_traded_heads_go_in_as_many_groups_as_leave_each_rank_enough(
 
 @pytest.mark.parametrize(
     ("groups", "heads", "message"),
-    [(3, 32, "head_groups=3 does not divide the 8 key heads"), (8, 16, "none of a group's 2 query")],
+    [(3, 32, "3 groups of heads do not divide the 8 key heads"), (8, 16, "none of a group's 2 query")],
 )
 def test_groups_that_do_not_fit_are_refused(groups: int, heads: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):

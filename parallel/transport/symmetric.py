@@ -248,7 +248,7 @@ class Symmetric(Transport):
         n = dtype.itemsize
         for size in shape:
             n *= size
-        if n == 0:  # no rows, heads or batch: no rank opened anything for it, and nobody will read it
+        if n == 0:  # no rows, heads or batch: nobody will read it
             return torch.empty(shape, dtype=dtype, device=device)
         lane, index = self.lanes[label.what], self._index(label)
         assert lane.shared is not None and n <= lane.size, (label, shape, lane.size)
