@@ -69,6 +69,8 @@ def ways(world: int, quick: bool, device: str = "cpu") -> list[Way]:
     if world > 2:
         schedules.append(Way("staged:2", ""))
     schedules.append(Way("ulysses", ""))
+    if 1 < world <= (4 if device == "cuda" else 2):  # a query head of each group for every rank
+        schedules.append(Way("ulysses:2", ""))
     if world >= 4 and world % 2 == 0:
         schedules += [Way("hybrid", "", ulysses=2), Way("double_ring", "", inner=world // 2)]
     if quick:

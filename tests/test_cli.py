@@ -303,7 +303,8 @@ def test_every_schedule_is_checked_where_it_fits() -> None:
     schedules = ("ring", "allgather", "staged:2", "ulysses", "hybrid", "double_ring")
     assert names == {(schedule, layout) for schedule in schedules for layout in check.LAYOUTS}
     pulled = {way.schedule for way in check.ways(4, quick=False, device="cuda") if way.transport == "symmetric"}
-    assert pulled == {*schedules} - {"double_ring"}
+    assert pulled == {*schedules, "ulysses:2"} - {"double_ring"}
+    assert "ulysses:2" in {way.schedule for way in check.ways(2, quick=True)}
     assert {way.schedule for way in check.ways(3, quick=True)} == {"ring", "allgather", "staged:2", "ulysses"}
 
 
