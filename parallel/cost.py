@@ -16,8 +16,8 @@ from functools import cached_property
 from typing import NamedTuple
 
 from ringflash.mask import Mask
-from ringflash.parallel.heads import Traded, block_bytes
-from ringflash.parallel.memory import Peak, Rows, Shape, backward_peak, forward_peak
+from ringflash.parallel.heads import block_bytes
+from ringflash.parallel.memory import Peak, Rows, Shape, backward_peak, forward_peak, traded_tensors
 from ringflash.parallel.plan import Plan, Transfer, make_plan, traffic
 from ringflash.parallel.tables import DeviceTable, Link, LinkTable, Rate, Tables
 from ringflash.parallel.transport import itinerary
@@ -145,7 +145,7 @@ class Forecast:
 
     def flop(self, backward: bool) -> float:
         """Of the visible pairs of this rank."""
-        heads = _of_one_group(self.plan).share.q_heads * self.plan.key.groups
+        heads = self.plan.of_one_group().share.q_heads * self.plan.key.groups
         return float(self.plan.area * heads * self.shape.batch * _flop_per_pair(self.shape, backward))
 
 
@@ -175,7 +175,7 @@ def predict(
 def predict_all(plans: Sequence[Plan], device: DeviceTable, link: LinkTable, shape: Shape) -> list[Forecast]:
     """The forecasts of several ranks of one world, simulated together."""
     groups = plans[0].key.groups
-    areas = tuple(groups * area for area in rank_areas(_of_one_group(plans[0]).key))
+    areas = tuple(groups * area for area in rank_areas(plans[0].of_one_group().key))
     forward = _Replay(plans, device, link, shape, backward=False).run()
     backward = _Replay(plans, device, link, shape, backward=True).run()
     found = []
@@ -186,15 +186,9 @@ def predict_all(plans: Sequence[Plan], device: DeviceTable, link: LinkTable, sha
     return found
 
 
-def _of_one_group(plan: Plan) -> Plan:
-    """The plan that every group of heads goes through."""
-    groups = plan.key.groups
-    return plan if groups == 1 else make_plan(plan.key.of_one_group(groups))
-
-
 def _back(plan: Plan, shape: Shape) -> Plan:
     """The plan of the backward pass, with the steps that every group of heads has in it."""
-    part = _of_one_group(plan)
+    part = plan.of_one_group()
     back = shape.backward(part)
     if back is part:
         return plan
@@ -203,7 +197,7 @@ def _back(plan: Plan, shape: Shape) -> Plan:
 
 
 def _steps(plan: Plan, device: DeviceTable, shape: Shape) -> tuple[StepForecast, ...]:
-    row, groups = Rows.of(_of_one_group(plan), shape), plan.key.groups
+    row, groups = Rows.of(plan.of_one_group(), shape), plan.key.groups
     moved = [[0, 0, 0, 0] for _ in plan.steps]
     for slots, nbytes, first in ((plan.posts, row.moved, 0), (plan.homes, row.home, 2)):
         for post in (post for slot in slots for post in slot):
@@ -258,7 +252,7 @@ class _Replay:
 
     def __init__(self, plans: Sequence[Plan], device: DeviceTable, link: LinkTable, shape: Shape, backward: bool) -> None:
         self.wholes = {plan.key.rank: plan for plan in plans}
-        parts = {rank: _of_one_group(plan) for rank, plan in self.wholes.items()}
+        parts = {rank: plan.of_one_group() for rank, plan in self.wholes.items()}
         self.plans = {rank: shape.backward(part) if backward else part for rank, part in parts.items()}
         self.device, self.link, self.shape, self.backward = device, link, shape, backward
         self.row = {rank: Rows.of(plan, shape) for rank, plan in self.plans.items()}
@@ -456,22 +450,12 @@ class _Replay:
         self.clocks[rank].now += took
         self.clocks[rank].heads_s[entering] += took
 
-    def _tensors(self, plan: Plan, entering: bool) -> list[Traded]:
-        """The tensors of an exchange. Gradients of shared key heads travel as they were accumulated: they are summed at home."""
-        e, d, dv = self.shape.dtype_bytes * self.shape.batch, self.shape.head_dim, self.shape.head_dim_v
-        if self.backward and entering:
-            return [Traded(dv * e, False)]
-        if self.backward:
-            keys = self.shape.acc_bytes * self.shape.batch if plan.shares_keys else e
-            return [Traded(d * e, False), Traded(d * keys, True), Traded(dv * keys, True)]
-        return [Traded(d * e, False), Traded(d * e, True), Traded(dv * e, True)] if entering else [Traded(dv * e, False)]
-
     def _copied(self, plan: Plan, entering: bool) -> tuple[int, int]:
         """Bytes read and written on the computing stream before an exchange is posted, and after it has arrived: as for a
         transport that pulls. One that sends can do without packing what goes home, of batch 1."""
         me, share, others = plan.member, plan.share, [m for m in range(len(plan.shares)) if m != plan.member]
         before = after = 0
-        for what in self._tensors(plan, entering):
+        for what in traded_tensors(plan, self.shape, entering, self.backward):
             own = block_bytes(plan, entering, me, me, what)
             before += 2 * sum(block_bytes(plan, entering, me, member, what) for member in others)
             laid_out = plan.k_len * share.kv_heads * what.unit if what.keys and share.k_index is not None else 0
@@ -484,7 +468,7 @@ class _Replay:
         return before, after
 
     def _head_loads(self, plan: Plan, entering: bool) -> list[_Load]:
-        me, tensors, loads = plan.member, self._tensors(plan, entering), []
+        me, tensors, loads = plan.member, traded_tensors(plan, self.shape, entering, self.backward), []
         for member in (m for m in range(len(plan.shares)) if m != me):
             for inbound, source, dest in ((False, me, member), (True, member, me)):
                 sizes = [block_bytes(plan, entering, source, dest, what) for what in tensors]
@@ -545,7 +529,7 @@ def explain(plan: Plan, forecast: Forecast, *, chosen: str = "", kernel: str = "
 def travels_text(plan: Plan, shape: Shape) -> str:
     """What travels in the two passes, and what the backward pass of the whole world would move either way."""
     dims = shape.head_dim, shape.head_dim_v, shape.dtype_bytes
-    part, batch = _of_one_group(plan), shape.batch * plan.key.groups
+    part, batch = plan.of_one_group(), shape.batch * plan.key.groups
     kv, q = (batch * traffic(part, travels, *dims).nbytes for travels in ("kv", "q"))
     words = {"kv": "K, V", "q": "Q, dO"}
     chosen, other = (replace(shape, takes_delta=x).backward(part).key.travels for x in (shape.takes_delta, not shape.takes_delta))
@@ -560,7 +544,7 @@ def travels_text(plan: Plan, shape: Shape) -> str:
 
 def _groups_text(plan: Plan) -> str:
     """Which heads a rank works on, and in how many groups."""
-    groups, share, trades = plan.key.groups, _of_one_group(plan).share, len(plan.shares) > 1
+    groups, share, trades = plan.key.groups, plan.of_one_group().share, len(plan.shares) > 1
     order = "one on its way while another is computed" if trades else "one after the other"
     many = f"; in {groups} groups, {order}" if groups > 1 else ""
     if not trades:

@@ -12,7 +12,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Generator, Iterator, Sequence
 from functools import lru_cache
 from itertools import accumulate, pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,8 +24,10 @@ from ringflash.parallel.transport import Label, Message, Pending, Transport, cop
 POSTED = True
 """What a loop yields where an exchange of heads has just been posted: who drives it may have other heads to compute meanwhile."""
 
-Turns = Generator[Any, None, list[Tensor]]
-"""A piece of the running code that yields wherever a simulated world must let the other ranks catch up."""
+T = TypeVar("T")
+Turns = Generator[Any, None, T]
+"""A piece of the running code: yields POSTED, and None wherever else it is about to wait for others, which a simulated world must
+let catch up."""
 
 ALIGNMENT = 16
 """Of blocks in memory that others read, bytes."""
@@ -155,7 +157,7 @@ class HeadExchange:
         self.members = len(plan.shares)
         self.first = plan.rank * self.members
 
-    def enter(self, tensors: Sequence[tuple[Tensor, bool]]) -> Turns:
+    def enter(self, tensors: Sequence[tuple[Tensor, bool]]) -> Turns[list[Tensor]]:
         """All heads of the own rows -> the own heads of all members' rows.
 
         tensors: (x, keys) with x (B, S_rank, H or Hkv, D); keys says which lengths and heads count. Returns (B, S, h, D).
@@ -175,7 +177,7 @@ class HeadExchange:
         self._wait(0, pending)
         return [self._spread(out, keys).transpose(0, 1) for out, (_, keys) in zip(results, tensors, strict=True)]
 
-    def leave(self, tensors: Sequence[tuple[Tensor, bool]], into: Sequence[Tensor]) -> Turns:
+    def leave(self, tensors: Sequence[tuple[Tensor, bool]], into: Sequence[Tensor]) -> Turns[list[Tensor]]:
         """The reverse: own heads of all members' rows -> all heads of the own rows; shared key heads add up.
 
         into: (B, S_rank, H or Hkv, D), which are filled and returned.
@@ -252,9 +254,9 @@ class HeadExchange:
         return self.transport.post(label, sends, receives)
 
     def _wait(self, step: int, pending: Pending) -> None:
-        trace.begin(trace.WAIT, step, peer=-3)
+        trace.begin(trace.WAIT, step, trace.FOR_HEADS)
         pending.wait()
-        trace.end(trace.WAIT, step, peer=-3)
+        trace.end(trace.WAIT, step, trace.FOR_HEADS)
 
 
 def _one_by_one(runs: Sequence[Blocks]) -> Iterator[tuple[int, Tensor]]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ringflash.parallel.heads import Traded, largest_pack
-from ringflash.parallel.plan import Plan, make_plan, query_row_bytes
+from ringflash.parallel.plan import Plan, query_row_bytes
 from ringflash.parallel.transport import buffer_bytes, itinerary
 from ringflash.parallel.transport.symmetric import BUFFERS
 from ringflash.parallel.work import calls_of
@@ -280,7 +280,7 @@ class _HomeWalk:
         self.released |= {step for step in self.ends[slot] if step in self.there}
 
 
-def _traded(plan: Plan, shape: Shape, entering: bool, backward: bool, lse: bool) -> tuple[Traded, ...]:
+def traded_tensors(plan: Plan, shape: Shape, entering: bool, backward: bool, lse: bool = False) -> tuple[Traded, ...]:
     """The tensors of an exchange of heads. Gradients of shared key heads travel as they were accumulated."""
     e, acc, d, dv = shape.dtype_bytes * shape.batch, shape.acc_bytes * shape.batch, shape.head_dim, shape.head_dim_v
     if entering == backward:  # out and lse, or their gradients
@@ -332,12 +332,6 @@ class _ExchangeWalk:
         moving.close()
 
 
-def _of_one_group(plan: Plan, groups: int | None) -> tuple[Plan, int]:
-    """The plan of each group of heads, and how many there are: by default as many as the plan's key says."""
-    groups = plan.key.groups if groups is None else groups
-    return (plan if groups == 1 else make_plan(plan.key.of_one_group(groups))), groups
-
-
 def _in_groups(walks: Sequence[Iterator[None]], trades: bool) -> None:
     """The walks of all groups of heads, in the order of `autograd.in_groups`. Where heads are traded, a walk yields when they are
     on their way in, and again when results are on their way home."""
@@ -369,7 +363,8 @@ def forward_peak(
     lse: whether the caller gets it. leased: without what symmetric memory holds for it. groups: of heads; None: as many as the
     plan's key says. saves: whether gradients can be asked for.
     """
-    part, groups = _of_one_group(plan, groups)
+    groups = plan.key.groups if groups is None else groups
+    part = plan.of_one_group(groups)
     ledger, trades, call = Ledger(), len(plan.shares) > 1, Demand(shape, saves, sinks, lse, leased)
     own = Own.of(plan, shape)
     ledger.take(INPUTS, own.q + own.kv)
@@ -388,7 +383,7 @@ def _forward(plan: Plan, call: Demand, room: Ledger, grouped: bool) -> Iterator[
         _forward_steps(plan, call, loop)
         loop.close()
         return
-    yield from exchange.enter(loop, EXCHANGED, _traded(plan, shape, True, False, call.lse))
+    yield from exchange.enter(loop, EXCHANGED, traded_tensors(plan, shape, True, False, call.lse))
     steps = Ledger(loop)
     _forward_steps(plan, call, steps)
     steps.close(RESULTS)
@@ -396,7 +391,7 @@ def _forward(plan: Plan, call: Demand, room: Ledger, grouped: bool) -> Iterator[
         room.take(RESULTS, own.out + (own.lse if call.lse else 0))
     alone = shape.batch == 1
     rows_first = [alone, alone and plan.share.q_heads == 1]
-    leaving = _traded(plan, shape, False, False, call.lse)
+    leaving = traded_tensors(plan, shape, False, False, call.lse)
     yield from exchange.leave(leaving, rows_first[: len(leaving)])
     loop.close(*((EXCHANGED, RESULTS) if call.backward else ()))  # which are saved
 
@@ -446,7 +441,8 @@ def backward_peak(plan: Plan, shape: Shape, dlse: bool = False, leased: bool = F
 
     leased: without what symmetric memory holds for it. groups: of heads; None: as many as the plan's key says.
     """
-    part, groups = _of_one_group(plan, groups)
+    groups = plan.key.groups if groups is None else groups
+    part = plan.of_one_group(groups)
     ledger, trades, call = Ledger(), len(plan.shares) > 1, Demand(shape, True, False, dlse, leased)
     own = Own.of(plan, shape)
     ledger.take(INPUTS, own.q + own.kv)
@@ -469,7 +465,7 @@ def _backward(plan: Plan, call: Demand, room: Ledger, grouped: bool) -> Iterator
     rounded = shape.acc_bytes != shape.dtype_bytes
     exchange, steps = _ExchangeWalk(plan, room, shape.batch, call.symmetric), Ledger(loop)
     if trades:
-        yield from exchange.enter(steps, GRADS_IN, _traded(plan, shape, True, True, call.lse))
+        yield from exchange.enter(steps, GRADS_IN, traded_tensors(plan, shape, True, True, call.lse))
     if call.lse and (trades or (grouped and not alone)):  # made contiguous
         steps.take(GRADS_IN, plan.q_len * row.lse)
     if call.lse and trades:
@@ -491,7 +487,7 @@ def _backward(plan: Plan, call: Demand, room: Ledger, grouped: bool) -> Iterator
         turned = plan.key.travels == "q" and not only
         # What came home stands sequence first already, if it is one tensor; so it does once it is rounded.
         of_keys = alone if turned or only else rounded and not shared
-        yield from exchange.leave(_traded(plan, shape, False, True, call.lse), [turned or alone, of_keys, of_keys])
+        yield from exchange.leave(traded_tensors(plan, shape, False, True, call.lse), [turned or alone, of_keys, of_keys])
     loop.close()  # shared key heads are rounded after it: less than what had arrived
 
 
@@ -538,11 +534,11 @@ def symmetric_bytes(plan: Plan, shape: Shape, backward: bool = True, lse: bool =
 
     groups: of heads; None: as many as the plan's key says.
     """
-    part, _ = _of_one_group(plan, groups)
+    part = plan.of_one_group(groups)
     most = 0
     if len(plan.shares) > 1:
         ways = [(entering, returning) for entering in (True, False) for returning in (False, True)[: 1 + backward]]
-        most = max(largest_pack(part, way[0], _traded(part, shape, *way, lse)) for way in ways)
+        most = max(largest_pack(part, way[0], traded_tensors(part, shape, *way, lse)) for way in ways)
     heads = -(-most // 1024) * 1024
     if len(part.steps) == 1:
         return BUFFERS * heads
@@ -561,7 +557,7 @@ def lean_bytes(plan: Plan, call: Demand) -> int:
     """What is little beyond a call's tensors: a tenth of them, and 1.1 times two of the world's longest stages (what transports
     hold is as large on all ranks). And what nothing that a budget decides makes less: the partial sums of a kernel, and what
     ranks that trade heads keep of them."""
-    (part, groups), shape = _of_one_group(plan, None), call.shape
+    part, groups, shape = plan.of_one_group(), plan.key.groups, call.shape
     stage = plan.longest_stage() * plan.share.kv_heads * shape.dims * shape.dtype_bytes * shape.batch
     portions = shape.portions(shape.one_call and _is_only_call(part)) if call.backward else 0
     kept = groups * _exchanged_bytes(part, shape) if len(plan.shares) > 1 and call.backward else 0

@@ -156,6 +156,10 @@ class Plan:
         head."""
         return sum(share.traded(keys=True) for share in self.shares) > self.key.kv_heads
 
+    def of_one_group(self, groups: int | None = None) -> Plan:
+        """The plan that each of so many groups of heads goes through; None: as many as the key says."""
+        return _of_one_group(self, self.key.groups if groups is None else groups)
+
     def peer(self, rank: int) -> int:
         """The group rank of a ring rank: the one with the same heads."""
         return rank * self.key.schedule.ulysses + self.member
@@ -303,6 +307,11 @@ def _rows_taken(world: World, rank: int, pieces: Sequence[int]) -> int:
     low = world.lowered([rank], sorted({piece // world.pieces for piece in pieces}))
     found = reach(low, low.k_piece, world.key.max_gap)
     return sum([b - a for piece in pieces for a, b in found.get(piece, ())])
+
+
+@lru_cache(maxsize=1024)
+def _of_one_group(plan: Plan, groups: int) -> Plan:
+    return plan if groups == 1 else make_plan(plan.key.of_one_group(groups))
 
 
 def steps_of(key: PlanKey) -> IntArray:

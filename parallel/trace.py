@@ -25,6 +25,10 @@ fetches heads that ranks trade, both ways."""
 FORWARD, BACKWARD, COPY, PACK, ADD, WAIT = "forward", "backward", "copy", "pack", "add", "wait"
 """What a lane does: kernels of the two passes, transfers, packing what leaves, adding gradients that arrived, waiting."""
 
+FOR_GRADIENTS, FOR_READERS, FOR_HEADS = -1, -2, -3
+"""What the computing stream waits for besides a step's chunks, in place of a peer: gradients, others who still read the buffer
+that is to be written, an exchange of heads."""
+
 
 class Span(NamedTuple):
     """One thing that a lane did, from ``start`` to ``stop``, milliseconds after the recording began."""

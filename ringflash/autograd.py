@@ -8,10 +8,9 @@ by another's kernels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from itertools import islice
 from typing import Any, TypeVar, cast
 
@@ -23,16 +22,13 @@ from ringflash.kernels import Kernel, OneCallKernel, Settle, leaving
 from ringflash.kernels.hopper_backward import delta as rowsum_delta
 from ringflash.kernels.running import accumulate_dtype
 from ringflash.parallel import trace
-from ringflash.parallel.heads import POSTED, HeadExchange
+from ringflash.parallel.heads import POSTED, HeadExchange, Turns
 from ringflash.parallel.lower import Part, View
-from ringflash.parallel.plan import Plan, make_plan
+from ringflash.parallel.plan import Plan
 from ringflash.parallel.transport import Homecoming, Stages, Transport
 from ringflash.parallel.work import calls_of
 
 T = TypeVar("T")
-
-Turns = Generator[Any, None, T]
-"""A loop: yields POSTED after an exchange of heads was posted, None wherever else it is about to wait for others."""
 
 
 @dataclass(frozen=True)
@@ -216,12 +212,6 @@ def _initial(q: Tensor, v: Tensor, acc: torch.dtype, sinks: Tensor | None) -> tu
     return out, lse
 
 
-@lru_cache(maxsize=1024)
-def _of_one_group(plan: Plan, groups: int) -> Plan:
-    """The plan of a part of the heads."""
-    return make_plan(plan.key.of_one_group(groups))
-
-
 def _heads(x: Tensor, group: int, groups: int, dim: int = 2) -> Tensor:
     """A group's heads, as a view."""
     n = x.shape[dim] // groups
@@ -261,7 +251,7 @@ def forward_in_groups(
         out, lse, saved = yield from forward_loop(job, q, k, v, sinks)
         return out, lse, (saved,)
     n = job.groups
-    part = replace(job, plan=_of_one_group(job.plan, n), groups=1)
+    part = replace(job, plan=job.plan.of_one_group(n), groups=1)
     lse_like = torch.empty(0, dtype=accumulate_dtype(q.dtype), device=q.device)
     out, lse = _results_of(job, q.new_empty((q.shape[0], 0, 0, v.shape[3])), lse_like)
     kept: list[Saved] = []
@@ -291,7 +281,7 @@ def backward_in_groups(job: Job, saved: Sequence[Saved], dout: Tensor | None, dl
     if job.groups == 1:
         return (yield from backward_loop(job, saved[0], dout, dlse))
     n, like = job.groups, saved[0]
-    part = replace(job, plan=_of_one_group(job.plan, n), groups=1)
+    part = replace(job, plan=job.plan.of_one_group(n), groups=1)
     dq, dk, dv = _gradients_of(job, like.q, like.k, like.v)
     dsinks = None if like.sinks is None else like.sinks.new_empty(job.plan.key.heads)
 

@@ -27,7 +27,7 @@ from ringflash.parallel.memory import (
     symmetric_bytes,
     tensor_bytes,
 )
-from ringflash.parallel.plan import Plan, make_plan
+from ringflash.parallel.plan import Plan
 from ringflash.parallel.schedule import make_schedule
 from ringflash.parallel.transport import Label, Message, Transport
 from ringflash.simulated import SimulatedWorld
@@ -298,7 +298,7 @@ def test_what_a_kernel_needs_for_itself_is_counted(case: Case, deterministic: bo
     shape = shape_of(case, Needing(), deterministic)
     for rank in range(case.world):
         plan = case.plan(rank)
-        if _only_call(of_one_group(plan)) is not None:
+        if _only_call(plan.of_one_group()) is not None:
             continue
         found, told = needed(case, plan, Needing(), deterministic), backward_peak(plan, shape, case.dlse)
         if case.dtype == torch.bfloat16:
@@ -306,10 +306,6 @@ def test_what_a_kernel_needs_for_itself_is_counted(case: Case, deterministic: bo
             assert not deterministic or case.seqlen > 512 or WORKSPACE in dict(told.items)
         else:
             assert told == backward_peak(plan, replace(shape, deterministic=False), case.dlse), "such kernels are of 16 bits"
-
-
-def of_one_group(plan: Plan) -> Plan:
-    return make_plan(plan.key.of_one_group(plan.key.groups))
 
 
 def needed(case: Case, plan: Plan, kernel: Idle, deterministic: bool, transport: Transport | None = None) -> int:
@@ -341,7 +337,7 @@ def test_a_pass_of_one_call_takes_at_most_what_is_told(case: Case, seqlen: int, 
     case = replace(case, seqlen=seqlen)
     for rank in range(case.world):
         plan, transport = case.plan(rank), Leasing() if leased else Nowhere()
-        assert _only_call(of_one_group(plan)) is not None
+        assert _only_call(plan.of_one_group()) is not None
         told = backward_peak(plan, shape_of(case, Needing(), deterministic), case.dlse, leased)
         found = [needed(case, plan, Needing(rounds), deterministic, transport) for rounds in (True, False)]
         agree(told, found[0])
@@ -351,7 +347,7 @@ def test_a_pass_of_one_call_takes_at_most_what_is_told(case: Case, seqlen: int, 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_walk_and_loop_agree_on_what_is_one_call(case: Case) -> None:
-    for plan in (of_one_group(case.plan(rank)) for rank in range(case.world)):
+    for plan in (case.plan(rank).of_one_group() for rank in range(case.world)):
         assert _is_only_call(plan) == (_only_call(plan) is not None)
         back = case.shape.backward(plan)
         assert _is_only_call(back) == _is_only_call(plan)

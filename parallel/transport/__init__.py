@@ -349,9 +349,9 @@ class Homecoming:
         due = [mail for mail in self.arriving if slot is None or mail[0] <= slot]
         self.arriving = [mail for mail in self.arriving if slot is not None and mail[0] > slot]
         for n, pending, additions in due:
-            trace.begin(trace.WAIT, n, peer=-1)
+            trace.begin(trace.WAIT, n, trace.FOR_GRADIENTS)
             pending.wait()
-            trace.end(trace.WAIT, n, peer=-1)
+            trace.end(trace.WAIT, n, trace.FOR_GRADIENTS)
             trace.begin(trace.ADD, n)
             for target, source in additions:
                 target.add_(source)

@@ -253,12 +253,12 @@ class Symmetric(Transport):
         lane, index = self.lanes[label.what], self._index(label)
         assert lane.shared is not None and n <= lane.size, (label, shape, lane.size)
         stream = self.gpu.current()
-        trace.begin(trace.WAIT, label.step, peer=-2)
+        trace.begin(trace.WAIT, label.step, trace.FOR_READERS)
         for pull in tuple(lane.unwaited[index]):  # a third group of heads leaves before anybody waits for the second
             pull.join()
         begun = self.gpu.begun()
         self.gpu.issue(stream, self._ops(lane, "free", index, self.others))
-        trace.end(trace.WAIT, label.step, peer=-2)
+        trace.end(trace.WAIT, label.step, trace.FOR_READERS)
         self.gpu.watch(label, self.others, begun)
         lane.complete[index] = None
         lane.told[index].clear()

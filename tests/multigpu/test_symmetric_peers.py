@@ -322,13 +322,15 @@ class Memory(NamedTuple):
 
     found: int
     least: int
-    """By the formula without the sums in float32 of a pass of one call, for which it has an upper bound."""
+    """By the formula without the sums in float32 of a pass of one call."""
+    most: int
+    """The same with float32 dk and dv, which such a pass may do without; partial sums are only made where work is divided."""
     told: int
     held: int
     told_held: int
 
     def agrees(self) -> bool:
-        return self.least - ROUNDING * self.told < self.found < (1 + ROUNDING) * self.told and self.held == self.told_held
+        return (1 - ROUNDING) * self.least < self.found < (1 + ROUNDING) * self.most and self.held == self.told_held
 
 
 def memory(rank: int, schedule: str | Schedule, budget: int | None, kv_heads: int = 4) -> Memory:
@@ -358,9 +360,10 @@ def memory(rank: int, schedule: str | Schedule, budget: int | None, kv_heads: in
         tensor_bytes(job.plan, shape) + extra_bytes(job.plan, Demand(of, symmetric=True), job.groups) - held
         for of in (replace(shape, portion_bytes=()), shape)
     )
+    most = least
     if least < told:
         least -= job.plan.k_len * job.plan.share.kv_heads // job.groups * 2 * dim * 4  # dk and dv, which it may do without
-    return Memory(found, least, told, transport.nbytes - transport.flags.memory.nbytes, held)
+    return Memory(found, least, most, told, transport.nbytes - transport.flags.memory.nbytes, held)
 
 
 # The allocator rounds up to 512 bytes, and splits a cached block of more than 1 MiB only where more than 1 MiB remains: less than
