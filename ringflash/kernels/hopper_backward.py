@@ -271,6 +271,12 @@ def _rest(
     )
 
 
+def partial_sums(work: WorkList, head_dim: int, head_dim_v: int) -> int:
+    """float32 values in which a launch sums what it divides."""
+    *_, portion = _tile(head_dim, head_dim_v)
+    return work.slots * (2 if work.pairs else 1) * portion
+
+
 def _launch(
     work: WorkList,
     inputs: list[Tensor],
@@ -287,13 +293,13 @@ def _launch(
     lib = _library()
     assert lib is not None
     B, Sq, H, D = q.shape
-    rows, _, _, portion = _tile(D, v.shape[3])
+    rows, *_ = _tile(D, v.shape[3])
     if not len(work.items):
         return
     items, runs, bands, *order = work.on(q.device)
     ways = 2 if work.pairs else 1
     turns = torch.zeros(B * H * -(-Sq // rows) * ways, dtype=torch.int32, device=q.device) if order else None
-    portions = torch.empty(work.slots * ways * portion, dtype=torch.float32, device=q.device) if work.slots else None
+    portions = torch.empty(partial_sums(work, D, v.shape[3]), dtype=torch.float32, device=q.device) if work.slots else None
     stream = current_handle(q.device.index)
     counters = streams.counters(q.device, stream, 1 + 2 * MAX_SLOTS).data_ptr()  # of items taken, and of portions done
     pointers = _POINTERS.pack(

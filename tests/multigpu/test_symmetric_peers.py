@@ -7,6 +7,7 @@ import random
 import re
 import signal
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ringflash import ContextParallel, Mask, attention
+from ringflash.kernels import hopper_backward
 from ringflash.parallel.memory import Demand, Shape, extra_bytes, symmetric_bytes, tensor_bytes
 from ringflash.parallel.schedule import Schedule, make_schedule
 from ringflash.parallel.transport import Label
@@ -324,13 +326,27 @@ class Memory(NamedTuple):
     least: int
     """By the formula without the sums in float32 of a pass of one call."""
     most: int
-    """The same with float32 dk and dv, which such a pass may do without; partial sums are only made where work is divided."""
+    """The same with float32 dk and dv, which such a pass may do without, and with the partial sums that the kernel made."""
     told: int
     held: int
     told_held: int
 
     def agrees(self) -> bool:
         return (1 - ROUNDING) * self.least < self.found < (1 + ROUNDING) * self.most and self.held == self.told_held
+
+
+@contextmanager
+def partial_sums() -> Iterator[list[int]]:
+    """Bytes that every launch meanwhile sums divided work in."""
+    found, launch = [0], hopper_backward._launch
+
+    def noting(work: Any, inputs: list[Tensor], *rest: Any) -> None:
+        found.append(4 * hopper_backward.partial_sums(work, inputs[1].shape[3], inputs[3].shape[3]))
+        launch(work, inputs, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hopper_backward, "_launch", noting)
+        yield found
 
 
 def memory(rank: int, schedule: str | Schedule, budget: int | None, kv_heads: int = 4) -> Memory:
@@ -348,7 +364,8 @@ def memory(rank: int, schedule: str | Schedule, budget: int | None, kv_heads: in
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated() - sum(x.nbytes for x in (*given, dout))
     torch.cuda.reset_peak_memory_stats()
-    run()
+    with partial_sums() as sums:
+        run()
     torch.cuda.synchronize()
     found = torch.cuda.max_memory_allocated() - before
     (job,) = cp.jobs.values()
@@ -360,7 +377,7 @@ def memory(rank: int, schedule: str | Schedule, budget: int | None, kv_heads: in
         tensor_bytes(job.plan, shape) + extra_bytes(job.plan, Demand(of, symmetric=True), job.groups) - held
         for of in (replace(shape, portion_bytes=()), shape)
     )
-    most = least
+    most = least + max(sums)
     if least < told:
         least -= job.plan.k_len * job.plan.share.kv_heads // job.groups * 2 * dim * 4  # dk and dv, which it may do without
     return Memory(found, least, most, told, transport.nbytes - transport.flags.memory.nbytes, held)
