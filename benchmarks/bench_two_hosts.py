@@ -1,4 +1,4 @@
-"""Four GPUs of one host as two hosts of two: what a double ring takes, beside a ring, and against what it cannot beat.
+"""Four GPUs of one host as two hosts of two: what a double ring takes, and against what it cannot beat.
 
     python -m benchmarks.bench_two_hosts [--link-gbit 8] [tokens ...]
 
@@ -6,10 +6,13 @@ NCCL is told that ranks 0, 1 and ranks 2, 3 are on different hosts (NCCL_HOSTID)
 sockets: on loopback, whose speed depends on how many lanes and directions are busy, or with --link-gbit (as root, with iproute2)
 between two network namespaces, over a link that lets so many Gbit/s through each way. No pass can be shorter than its kernels, or
 than the bytes that cross between the hosts over the speed that was measured for them. Causal, zigzag, batch 1, bf16, 32 query
-heads of 128, and 8 or 32 key heads. Times are of the slowest rank, medians, in ms; the ring and the double ring are read in turn.
+heads of 128, and 8 or 32 key heads. Inside a host, chunks are pulled through symmetric memory (transport "domains") or sent by
+NCCL ("p2p"), and beside the double ring stands a ring. Times are of the slowest rank, medians and the range of all readings, in
+ms; all are read in turn.
 
 With two GPUs both hosts' ranks share them, and so do the kernels that no pass can be faster than. Meant for --link-gbit: there
-the link is what is slow.
+the link is what is slow. Ranks of a GPU take turns of some ms, and what NCCL sends from one GPU to another only moves while both
+ends have theirs: with "p2p" a pass then now and then takes half as long again. Copy engines do not care.
 """
 
 from __future__ import annotations
@@ -30,35 +33,47 @@ from torch import Tensor
 import ringflash as rf
 from ringflash.parallel.plan import Plan, Post, row_bytes
 from ringflash.parallel.schedule import Schedule
-from ringflash.parallel.transport.p2p import far_groups
+from ringflash.parallel.transport import Label, Message
+from ringflash.parallel.transport.p2p import P2P, far_groups
 from ringflash.testing import RankPool, two_nodes
 
 WORLD, NODE = 4, 2
 HEADS, HEAD_DIM = 32, 128
-READINGS, TIMEOUT_S = 3, 60.0
+READINGS, TIMEOUT_S = 7, 60.0
 MB = 1 << 20
 
 _group: dist.ProcessGroup | None = None
 
 
+WAYS = {
+    "double ring, domains": (Schedule("double_ring", inner=NODE), "domains"),
+    "double ring, p2p": (Schedule("double_ring", inner=NODE), "p2p"),
+    "ring, domains": (Schedule("ring"), "domains"),
+}
+
+
 @dataclass(frozen=True)
 class Reading:
-    """One pass: of the kernels alone, of the bytes that cross between hosts (one direction), of a double ring, of a ring; ms."""
+    """One pass: of the kernels alone, of the bytes that a double ring sends between hosts (one direction); and all readings of
+    each of WAYS; ms."""
 
     name: str
     compute_ms: float
     link_ms: float
-    double_ms: float
-    ring_ms: float
+    ways_ms: dict[str, list[float]]
 
     def __str__(self) -> str:
         least = max(self.compute_ms, self.link_ms)
-        numbers = (self.compute_ms, self.link_ms, self.double_ms, self.ring_ms, self.double_ms / least, self.ring_ms / least)
-        return f"| {self.name} | " + " | ".join(f"{x:.1f}" if i < 4 else f"{x:.2f}" for i, x in enumerate(numbers)) + " |"
+        cells = [self.name, f"{self.compute_ms:.1f}", f"{self.link_ms:.1f}"]
+        for times in self.ways_ms.values():
+            middle = statistics.median(times)
+            cells.append(f"{middle / least:.2f} ({middle:.1f}: {min(times):.1f} to {max(times):.1f})")
+        return f"| {' | '.join(cells)} |"
 
 
 HEAD = (
-    "| work | kernels | bytes / speed | double ring | ring | double ring / least | ring / least |\n|---|---|---|---|---|---|---|"
+    f"| work | kernels | bytes / speed | {' | '.join(f'{way}: over the larger (ms)' for way in WAYS)} |\n"
+    f"|{'---|' * (3 + len(WAYS))}"
 )
 
 
@@ -98,21 +113,19 @@ def link_GBps(rank: int, nbytes: int = 128 * MB) -> tuple[float, float]:  # noqa
     """What crosses between the hosts in one direction, while both directions of both pairs are busy: by one lane for chunks, as
     in a forward pass, and with one for gradients beside it."""
     other = (rank + NODE) % WORLD
-    lanes = list(far_groups(_whole(), torch.device("cuda", torch.cuda.current_device()), TIMEOUT_S).values())
+    transport = P2P(_whole(), TIMEOUT_S, far=far_groups(_whole(), torch.device("cuda", torch.cuda.current_device()), TIMEOUT_S))
     sent, received = torch.zeros(nbytes, dtype=torch.uint8, device="cuda"), torch.zeros(nbytes, dtype=torch.uint8, device="cuda")
 
-    def exchange(groups: Sequence[dist.ProcessGroup]) -> None:
-        works = []
-        for group, *parts in zip(groups, received.chunk(len(groups)), sent.chunk(len(groups)), strict=True):
-            pairs = zip((dist.irecv, dist.isend), parts, strict=True)
-            works += dist.batch_isend_irecv([dist.P2POp(kind, x, group=group, group_peer=other) for kind, x in pairs])
-        for work in works:
-            work.wait()
+    def exchange(lanes: Sequence[str]) -> None:
+        parts = zip(lanes, sent.chunk(len(lanes)), received.chunk(len(lanes)), strict=True)
+        posts = [transport.post(Label(lane, far=True), [Message(other, a)], [Message(other, b)]) for lane, a, b in parts]
+        for post in posts:
+            post.wait()
 
     found = []
-    for groups in (lanes[:1], lanes):
-        exchange(groups)
-        found.append(NODE * nbytes / statistics.median(milliseconds(partial(exchange, groups)) for _ in range(READINGS)) / 1e6)
+    for lanes in (("chunks",), ("chunks", "gradients")):
+        exchange(lanes)
+        found.append(NODE * nbytes / statistics.median(milliseconds(partial(exchange, lanes)) for _ in range(READINGS)) / 1e6)
     return found[0], found[1]
 
 
@@ -139,10 +152,9 @@ def link_bytes(cp: rf.ContextParallel, seqlen: int, kv_heads: int) -> tuple[int,
 
 def measure(rank: int, seqlen: int, kv_heads: int, GBps: tuple[float, float]) -> list[Reading]:
     mask = rf.Mask.causal()
-    schedules = {"double": Schedule("double_ring", inner=NODE), "ring": Schedule("ring")}
     contexts = {
-        name: rf.ContextParallel(_group, "zigzag", schedule, transport="p2p", timeout_s=TIMEOUT_S)
-        for name, schedule in schedules.items()
+        name: rf.ContextParallel(_group, "zigzag", schedule, transport=transport, timeout_s=TIMEOUT_S)
+        for name, (schedule, transport) in WAYS.items()
     }
 
     def passes(cp: rf.ContextParallel | None, tokens: int) -> dict[str, Callable[[], object]]:
@@ -157,7 +169,7 @@ def measure(rank: int, seqlen: int, kv_heads: int, GBps: tuple[float, float]) ->
 
     # Half of the tokens on one GPU are a quarter of the work.
     works = {"compute": passes(None, seqlen // 2), **{name: passes(cp, seqlen // WORLD) for name, cp in contexts.items()}}
-    nbytes = dict(zip(("forward", "backward"), link_bytes(contexts["double"], seqlen, kv_heads), strict=True))
+    nbytes = dict(zip(("forward", "backward"), link_bytes(next(iter(contexts.values())), seqlen, kv_heads), strict=True))
     found = []
     for name, speed in zip(("forward", "backward"), GBps, strict=True):
         for work in works.values():
@@ -166,10 +178,8 @@ def measure(rank: int, seqlen: int, kv_heads: int, GBps: tuple[float, float]) ->
         for _ in range(READINGS):
             for who, work in works.items():
                 times[who].append(milliseconds(work[name]))
-        medians = {who: statistics.median(some) for who, some in times.items()}
-        label = f"{seqlen // 1024}k, {kv_heads} key heads, {name}"
-        link_ms = nbytes[name] / speed / 1e6
-        found.append(Reading(label, medians["compute"], link_ms, medians["double"], medians["ring"]))
+        compute_ms = statistics.median(times.pop("compute"))
+        found.append(Reading(f"{seqlen // 1024}k, {kv_heads} key heads, {name}", compute_ms, nbytes[name] / speed / 1e6, times))
     return found
 
 

@@ -65,7 +65,7 @@ class ParallelConfig:
     schedule: str = _option("auto", "when keys and values move; see ringflash plan")
     ulysses: int = _option(1, "ranks that exchange heads for sequence inside the context-parallel group")
     inner: int = _option(0, "ranks of one fast-linked group, for schedule=double_ring; 0 is none")
-    transport: str = _option("auto", "auto | p2p | alltoall | allgather (schedule=allgather only) | symmetric (cuda)")
+    transport: str = _option("auto", "auto | p2p | alltoall | allgather (schedule=allgather only) | symmetric or domains (cuda)")
     dp: int = _option(1, "data-parallel replicas; each has ranks / dp ranks and its own sequences")
     backend: str = _option("auto", "attention kernel; see ringflash env")
     timeout_s: float = _option(120.0, "a rank that says nothing for so long is given up")
@@ -197,9 +197,10 @@ def check(config: TrainConfig) -> None:
         _require(parallel.inner >= 1, "parallel.inner", config, "the ranks of one fast-linked group for double_ring, at least 1")
     else:
         _require(parallel.inner <= 1, "parallel.inner", config, f"0 for parallel.schedule={parallel.schedule}")
-    if parallel.transport == "symmetric":
+    if parallel.transport in ("symmetric", "domains"):
         _require(config.machine.device == "cuda", "parallel.transport", config, "another one with machine=cpu")
-        _require(parallel.schedule != "double_ring", "parallel.transport", config, "another one with double_ring")
+    if parallel.transport == "symmetric":
+        _require(parallel.schedule != "double_ring", "parallel.transport", config, "domains, or another one, with double_ring")
     if parallel.transport == "allgather":
         plain = parallel.schedule == "allgather" and parallel.ulysses == 1
         _require(plain, "parallel.transport", config, "another one unless parallel.schedule=allgather parallel.ulysses=1")

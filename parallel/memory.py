@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from ringflash.parallel.heads import Traded, largest_pack
 from ringflash.parallel.plan import Plan, query_row_bytes
-from ringflash.parallel.transport import buffer_bytes, itinerary
+from ringflash.parallel.transport import buffer_bytes, itinerary, relay_buffers
 from ringflash.parallel.transport.symmetric import BUFFERS
 from ringflash.parallel.work import calls_of
 
@@ -209,14 +209,19 @@ class _StagesWalk:
         self.plan, self.ledger, self.row, self.narrow = plan, ledger, row, narrow
         self.ends = itinerary(plan).stages_end
         self.there: set[int] = set()
-        self.packed = leased  # then it is a part of what the transport holds all the time
+        # Then the own chunk, and what is passed on, are a part of what the transport holds all the time.
+        self.packed = leased
+        self.leased = itinerary(plan).relayed if leased else frozenset()
         self.leaving: list[int] = []  # released, but the loop's variables or what is being sent still hold them
         self.copied = 0
+
+    def _bytes(self, step: int) -> int:
+        return 0 if step in self.leased else self.plan.steps[step].rows * self.row
 
     def _stage(self, step: int) -> None:
         if step not in self.there:
             self.there.add(step)
-            self.ledger.take(STAGES, self.plan.steps[step].rows * self.row)
+            self.ledger.take(STAGES, self._bytes(step))
 
     def arrive(self, step: int) -> None:
         local = self.plan.steps[step].local
@@ -224,7 +229,7 @@ class _StagesWalk:
             self._stage(step)
         copied = 0 if local else self.plan.steps[step].rows * self.narrow
         self.ledger.take(STAGES, copied)
-        self.ledger.drop(STAGES, self.copied + sum(self.plan.steps[step].rows * self.row for step in self.leaving))
+        self.ledger.drop(STAGES, self.copied + sum(map(self._bytes, self.leaving)))
         self.leaving, self.copied = [], copied
 
     def post(self, slot: int) -> None:
@@ -253,7 +258,8 @@ class _HomeWalk:
 
     def gradients(self, step: int) -> None:
         step = 0 if self.plan.steps[step].local else step
-        if step not in self.there and not (step and self.leased):  # what leaves lies in the transport's own buffers
+        far = self.plan.far[step]
+        if step not in self.there and not (step and self.leased and not far):  # what leaves lies in the transport's own buffers
             self.there.add(step)
             self.ledger.take(HOME, self.plan.steps[step].rows * self.row)
         self.current = step
@@ -529,8 +535,9 @@ def tensor_bytes(plan: Plan, shape: Shape, backward: bool = True) -> int:
 
 
 def symmetric_bytes(plan: Plan, shape: Shape, backward: bool = True, lse: bool = False, groups: int | None = None) -> int:
-    """What the transport "symmetric" holds all the time, outside torch's allocator: two buffers of chunks, two of gradients, and
-    two of what members pack for each other in an exchange of heads.
+    """What the transports "symmetric" and "domains" hold all the time, outside torch's allocator: two buffers of chunks, two of
+    gradients, two of what members pack for each other in an exchange of heads, and as many as a double ring needs of chunks that
+    it passes on.
 
     groups: of heads; None: as many as the plan's key says.
     """
@@ -544,13 +551,16 @@ def symmetric_bytes(plan: Plan, shape: Shape, backward: bool = True, lse: bool =
         return BUFFERS * heads
     e, back = shape.dtype_bytes, shape.backward(part)
     chunks = buffer_bytes(part, "chunks", (shape.batch, shape.dims), e)
+    relays, relayed = relay_buffers(part), buffer_bytes(part, "relays", (shape.batch, shape.dims), e)
     if not backward:
-        return BUFFERS * (heads + chunks)
+        return BUFFERS * (heads + chunks) + relays * relayed
     there, home = shape.dims, shape.dims
     if back.key.travels == "q":
         there, home = query_row_bytes(shape.dims, e) // e, shape.head_dim
     chunks = max(chunks, buffer_bytes(back, "chunks", (shape.batch, there), e))
-    return BUFFERS * (heads + chunks + buffer_bytes(back, "gradients", (shape.batch, home), shape.acc_bytes))
+    relays, relayed = max(relays, relay_buffers(back)), max(relayed, buffer_bytes(back, "relays", (shape.batch, there), e))
+    gradients = buffer_bytes(back, "gradients", (shape.batch, home), shape.acc_bytes)
+    return BUFFERS * (heads + chunks + gradients) + relays * relayed
 
 
 def lean_bytes(plan: Plan, call: Demand) -> int:

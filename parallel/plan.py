@@ -504,6 +504,21 @@ def traffic(plan: Plan, travels: str, head_dim: int, head_dim_v: int, dtype_byte
 
 
 @lru_cache(maxsize=512)
+def ring_bytes(plan: Plan, head_dim: int, head_dim_v: int, dtype_bytes: int) -> int:
+    """Bytes that all ranks receive in a forward and a backward pass of a ring."""
+    forward = world_of(replace(plan.key, rank=0)).rows_moved * row_bytes(plan, "kv", head_dim, head_dim_v, dtype_bytes).out
+    back = plan.backward(head_dim, head_dim_v, dtype_bytes)
+    return forward + traffic(plan, back.key.travels, head_dim, head_dim_v, dtype_bytes).nbytes
+
+
+def exchange_bytes(plan: Plan, head_dim: int, head_dim_v: int, dtype_bytes: int) -> int:
+    """The same where all ranks trade heads and share none: q, k, v and dO on the way in, out and dq, dk, dv on the way home."""
+    key, dims = plan.key, head_dim + head_dim_v
+    elements = 2 * dims * (key.q_layout.seqlen * key.heads + key.k_layout.seqlen * key.kv_heads)
+    return elements * dtype_bytes * (key.world - 1) // key.world
+
+
+@lru_cache(maxsize=512)
 def _backward(plan: Plan, head_dim: int, head_dim_v: int, dtype_bytes: int, takes_delta: bool) -> Plan:
     travels = plan.key.schedule.travels
     if travels == "auto":

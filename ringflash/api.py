@@ -175,6 +175,10 @@ def _prepare(call: Call, cp: ContextParallel, lengths: tuple[int, int]) -> tuple
     if cp.relays:  # its lanes over slow links are made once for each timeout, by all ranks together
         facts["timeout_s"] = str(cp.timeout_s)
     cp.agreement.agree(facts)
+    # After the handshake: to make a transport takes all ranks, and they must not wait there for one that refuses.
+    traded = cp.trading(plan, call.q_shape[3], call.v_shape[3], call.dtype.itemsize) if call.needs_grad else None
+    if traded is not None and cp.transport(call.device).name == "symmetric":
+        plan, kernel = traded, kernel_for(call, traded)
     groups = plan.key.groups
     if cp.memory_budget is not None:  # the ranks' choices mean the same only now
         rows, groups = cp.frugalities(plan)[cp.afford(affordable)]

@@ -79,9 +79,10 @@ def ways(world: int, quick: bool, device: str = "cpu") -> list[Way]:
     else:
         found = [replace(way, layout=layout) for way in schedules for layout in LAYOUTS]
     found += [Way("allgather", "zigzag", "allgather"), Way("ring", "zigzag", "alltoall")]
-    if device == "cuda":  # which passes no chunks on, as a double ring does
-        pulled = [way for way in schedules if way.inner is None]
-        found += [replace(way, layout="zigzag", transport="symmetric") for way in pulled]
+    if device == "cuda":  # a double ring passes chunks on: its groups pull them, or nobody does
+        for way in schedules:
+            transports = ("symmetric",) if way.inner is None else ("domains", "p2p")
+            found += [replace(way, layout="zigzag", transport=transport) for transport in transports]
     return found
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import random
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -30,8 +30,9 @@ from ringflash.mask import Mask
 from ringflash.parallel.heads import HeadExchange
 from ringflash.parallel.plan import Plan, make_plan
 from ringflash.parallel.schedule import make_schedule
-from ringflash.parallel.transport import Label, Message, buffer_bytes
-from ringflash.parallel.transport.simulated import Mailbox
+from ringflash.parallel.transport import Label, Message, Pending, Transport, buffer_bytes
+from ringflash.parallel.transport.domains import Domain, Domains, domain_of
+from ringflash.parallel.transport.simulated import Mailbox, Simulated
 from ringflash.parallel.transport.symmetric import KINDS, Op, Shared, Symmetric
 from ringflash.simulated import SimulatedWorld
 from ringflash.testing import Case, draw
@@ -116,21 +117,22 @@ class World:
 
 
 class FakeGpu:
-    """One rank's GPU: what `symmetric.Cuda` offers, on a World's streams."""
+    """One rank's GPU: what `symmetric.Cuda` offers, on a World's streams. members: with whom it shares memory; default: all."""
 
-    def __init__(self, world: World, rank: int) -> None:
-        self.there, self.rank, self.world = world, rank, world.world
+    def __init__(self, world: World, rank: int, members: Sequence[int] | None = None) -> None:
+        self.there, self.place, self.members = world, rank, range(world.world) if members is None else members
+        self.rank, self.world = self.members.index(rank), len(self.members)
         self.main = self.stream(0)
         self.graph: list[Work] | None = None
 
     def share(self, size: int) -> Shared:
-        number = len(self.there.shares[self.rank])
-        self.there.shares[self.rank].append(size)
+        number = len(self.there.shares[self.place])
+        self.there.shares[self.place].append(size)
         assert all(len(s) <= number or s[number] == size for s in self.there.shares), "sizes differ between ranks"
         with _disable_current_modes():
             memory = torch.zeros(size, dtype=torch.uint8)
-        self.there.memory[self.there.address(self.rank, number)] = memory
-        return Shared(memory, tuple(self.there.address(r, number) for r in range(self.world)))
+        self.there.memory[self.there.address(self.place, number)] = memory
+        return Shared(memory, tuple(self.there.address(r, number) for r in self.members))
 
     def stream(self, urgency: int) -> Stream:
         self.there.streams.append(Stream(pace=self.there.random.choice((1e-4, 1.0))))
@@ -589,7 +591,8 @@ class LeavesBeforeItCopies(Symmetric):
 class SignalsBeforeItIsComplete(Symmetric):
     def lease(self, label: Label, *args: Any) -> Tensor:
         tensor = super().lease(label, *args)
-        self.lanes[label.what].complete[self._index(label)] = self.gpu.mark(self.gpu.current())  # before anything is written
+        lane, index = self._buffer(label.what, label.step)
+        lane.complete[index] = self.gpu.mark(self.gpu.current())  # before anything is written
         return tensor
 
 
@@ -603,7 +606,8 @@ class SwapsTheBuffers(Symmetric):
         moved = [Message(m.peer, m.tensor, m.row) for m in receives]
         lane = self.lanes[label.what]
         if receives and lane.passes % 3 == 0 and lane.shared is not None:
-            addresses = tuple(a + (lane.size if self._index(label) == 0 else -lane.size) for a in lane.shared.addresses)
+            _, index = self._buffer(label.what, label.step if label.what == "gradients" else 0)
+            addresses = tuple(a + (lane.size if index == 0 else -lane.size) for a in lane.shared.addresses)
             lane.shared, kept = lane.shared._replace(addresses=addresses), lane.shared
             pending = super().post(label, sends, moved)
             lane.shared = kept
@@ -673,15 +677,15 @@ class HeadsAllInOneBuffer(Symmetric):
 
     def lease(self, label: Label, *args: Any) -> Tensor:
         tensor = super().lease(label, *args)
-        lane = self.lanes[label.what]
-        if label.what == "heads" and self._index(label) and tensor.numel():
+        lane, index = self._buffer(label.what, label.step)
+        if label.what == "heads" and index and tensor.numel():
             assert lane.shared is not None
             return lane.shared.memory[: tensor.numel()]
         return tensor
 
     def post(self, label: Label, sends: Sequence[Message], receives: Sequence[Message]) -> Any:
-        lane = self.lanes[label.what]
-        if label.what != "heads" or not self._index(label) or lane.shared is None:
+        lane, index = self._buffer("heads", 0)
+        if label.what != "heads" or not index or lane.shared is None:
             return super().post(label, sends, receives)
         shared = lane.shared
         lane.shared = shared._replace(addresses=tuple(a - lane.size for a in shared.addresses))
@@ -836,18 +840,19 @@ class EagerGpu:
     So the real loops run over the transport as in a simulated world, in one thread.
     """
 
-    def __init__(self, rank: int, world: int, memory: list[list[Tensor]], log: list[tuple[int, int]]) -> None:
-        self.rank, self.world, self.memory, self.log = rank, world, memory, log
+    def __init__(self, rank: int, members: Sequence[int], memory: list[dict[int, Tensor]], log: list[tuple[int, int]]) -> None:
+        self.place, self.members, self.memory, self.log = rank, members, memory, log
+        self.rank, self.world = members.index(rank), len(members)
         self.shared = 0
 
     def share(self, size: int) -> Shared:
         if len(self.memory) == self.shared:
-            self.memory.append([torch.zeros(size, dtype=torch.uint8) for _ in range(self.world)])
+            self.memory.append(defaultdict(lambda: torch.zeros(size, dtype=torch.uint8)))
         parts = self.memory[self.shared]
-        self.log.append((self.rank, self.shared))
+        self.log.append((self.place, self.shared))
         self.shared += 1
-        assert parts[self.rank].numel() == size, "ranks make buffers of different sizes"
-        return Shared(parts[self.rank], tuple(x.data_ptr() for x in parts))
+        assert parts[self.place].numel() == size, "ranks make buffers of different sizes"
+        return Shared(parts[self.place], tuple(parts[r].data_ptr() for r in self.members))
 
     def stream(self, urgency: int) -> deque[Work]:
         return deque()
@@ -912,24 +917,25 @@ class EagerGpu:
 
 
 class EagerWorld:
-    """Takes the place of `Simulated` in a simulated world: transports of one call share their memory."""
+    """Takes the place of `Simulated` in a simulated world: transports of one call share their memory, inside their domain."""
 
-    def __init__(self, world: int) -> None:
-        self.world = world
+    def __init__(self, domains: Sequence[Domain]) -> None:
+        self.domains, self.world = domains, len(domains)
         self.mailbox: Mailbox | None = None
-        self.memory: list[list[Tensor]] = []
+        self.memory: list[dict[int, Tensor]] = []
         self.logs: list[list[tuple[int, int]]] = []
 
-    def __call__(self, mailbox: Mailbox, rank: int) -> Symmetric:
+    def __call__(self, mailbox: Mailbox, rank: int) -> Transport:
         if mailbox is not self.mailbox:
             self.mailbox, self.memory = mailbox, []
             self.logs.append([])
             EagerGpu.streams.clear()
-        gpu = EagerGpu(rank, self.world, self.memory, self.logs[-1])
-        self.transport = Symmetric(gpu)  # type: ignore[arg-type]
-        for lane in self.transport.lanes.values():
-            EagerGpu.streams += [lane.copies, lane.signals]
-        return self.transport
+        members = self.domains[rank].members
+        gpu = EagerGpu(rank, members, self.memory, self.logs[-1])
+        self.transport = near = Symmetric(gpu, members)  # type: ignore[arg-type]
+        for stream in {id(s): s for lane in near.lanes.values() for s in (lane.copies, lane.signals)}.values():
+            EagerGpu.streams.append(stream)
+        return near if len(members) == self.world else Domains(near, Simulated(mailbox, rank))
 
     def check(self) -> None:
         """All ranks made the same buffers, and nothing is left under way."""
@@ -939,14 +945,22 @@ class EagerWorld:
         EagerGpu.run_until(lambda: not any(EagerGpu.streams))
 
 
-def over_symmetric_memory(case: Case) -> tuple[list[str], dict[str, int]]:
-    """What is wrong with a case's results over symmetric memory, and the bytes of its buffers."""
-    there = EagerWorld(case.world)
+Sizes = Mapping[str, tuple[int, int]]
+"""Of a lane's buffers: bytes of each, and how many."""
+
+
+def one_domain(case: Case) -> list[Domain]:
+    return [Domain(tuple(range(case.world)))] * case.world
+
+
+def over_symmetric_memory(case: Case, domains: Sequence[Domain] | None = None) -> tuple[list[str], Sizes]:
+    """What is wrong with a case's results over symmetric memory, and its buffers."""
+    there = EagerWorld(domains or one_domain(case))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ringflash.simulated.Simulated", there)
         results = simulate(case)
     there.check()
-    sizes = {kind: lane.size for kind, lane in there.transport.lanes.items()}
+    sizes = {kind: (lane.size, lane.count) for kind, lane in there.transport.lanes.items() if lane.size}
     return [f"{case!r}: {text}" for text in judge_of(case).objections(results)], sizes
 
 
@@ -994,18 +1008,76 @@ class Later:
         self.gpu.kernel(lambda: self.kernel.backward(*tensors, **options))
 
 
+@dataclass
+class Wire:
+    """Between domains: tensors on offer, by sender, receiver, lane and number, and how many were offered and asked for."""
+
+    offers: dict[tuple[int, int, str, int], Tensor] = field(default_factory=dict)
+    sent: Counter[tuple[int, int, str]] = field(default_factory=Counter)
+    asked: Counter[tuple[int, int, str]] = field(default_factory=Counter)
+
+
+class FakeFar(Transport):
+    """One rank's end of a wire, like NCCL's: a post ends when all of it has been received on both sides, and until then nothing
+    that was posted later to the same lane moves."""
+
+    name = "far"
+
+    def __init__(self, gpu: FakeGpu, wire: Wire) -> None:
+        self.gpu, self.wire, self.rank = gpu, wire, gpu.place
+        self.lanes = {name: gpu.stream(0) for name in ("fast", "chunks", "gradients")}
+
+    def post(self, label: Label, sends: Sequence[Message], receives: Sequence[Message]) -> Pending:
+        name, gpu, offers = label.what if label.far else "fast", self.gpu, self.wire.offers
+        lane = self.lanes[name]
+        gpu.wait(lane, gpu.mark(gpu.main))
+        mine = []
+        for m in (m for m in sends if m.tensor.numel()):
+            pair = self.rank, m.peer, name
+            mine.append((*pair, self.wire.sent[pair]))
+            self.wire.sent[pair] += 1
+            gpu.put(lane, Work(run=lambda key=mine[-1], x=m.tensor: offers.__setitem__(key, x)))  # type: ignore[misc]
+        for m in (m for m in receives if m.tensor.numel()):
+            pair = m.peer, self.rank, name
+            key = (*pair, self.wire.asked[pair])
+            self.wire.asked[pair] += 1
+            gpu.put(
+                lane,
+                Work(
+                    run=lambda key=key, x=m.tensor: x.copy_(offers.pop(key)),  # type: ignore[misc]
+                    may=lambda key=key: key in offers,  # type: ignore[misc]
+                ),
+            )
+        gpu.put(lane, Work(may=lambda: not any(key in offers for key in mine)))
+        return Arrival(gpu, gpu.mark(lane))
+
+
+@dataclass
+class Arrival:
+    gpu: FakeGpu
+    done: Any
+
+    def wait(self) -> None:
+        self.gpu.wait(self.gpu.main, self.done)
+
+
 class AnyOrder:
     """Takes the place of `Simulated`, kernels and `take_turns`: hosts and streams of all ranks in any order that they may."""
 
-    def __init__(self, world: int, seed: int, sizes: Mapping[str, int], transport: type[Symmetric] = Symmetric) -> None:
-        self.there = World(world, seed)
-        self.gpus = [FakeGpu(self.there, rank) for rank in range(world)]
-        self.transports = [transport(gpu) for gpu in self.gpus]  # type: ignore[arg-type]
+    def __init__(self, domains: Sequence[Domain], seed: int, sizes: Sizes, transport: type[Symmetric] = Symmetric) -> None:
+        self.there = World(len(domains), seed)
+        self.gpus = [FakeGpu(self.there, rank, domain.members) for rank, domain in enumerate(domains)]
+        near = [transport(gpu, gpu.members) for gpu in self.gpus]  # type: ignore[arg-type]
         # Ranks make buffers together; here they cannot wait for each other in the middle of a pass.
-        for (what, nbytes), own in product(sizes.items(), self.transports):
-            own.open(what, SimulatedWorld(world).plan(own.rank, Mask.full(), 8, 8, 1, 1), nbytes)
+        for (what, (size, count)), own in product(sizes.items(), near):
+            own._make(own.lanes[what], size, count)
+        wire = Wire()
+        self.transports = [
+            own if gpu.world == len(domains) else Domains(own, FakeFar(gpu, wire))
+            for gpu, own in zip(self.gpus, near, strict=True)
+        ]
 
-    def transport_of(self, mailbox: Mailbox, rank: int) -> Symmetric:
+    def transport_of(self, mailbox: Mailbox, rank: int) -> Transport:
         return self.transports[rank]
 
     def kernel_for(self, call: Call, plan: Plan) -> Later:
@@ -1022,9 +1094,11 @@ class AnyOrder:
         return [results[rank] for rank in range(len(loops))]
 
 
-def in_any_order(case: Case, sizes: Mapping[str, int], seed: int, transport: type[Symmetric] = Symmetric) -> list[str]:
+def in_any_order(
+    case: Case, sizes: Sizes, seed: int, transport: type[Symmetric] = Symmetric, domains: Sequence[Domain] | None = None
+) -> list[str]:
     """What is wrong with a case's results in one of all orders of events."""
-    there = AnyOrder(case.world, seed, sizes, transport)
+    there = AnyOrder(domains or one_domain(case), seed, sizes, transport)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ringflash.simulated.Simulated", there.transport_of)
         patch.setattr("ringflash.simulated.kernel_for", there.kernel_for)
@@ -1056,3 +1130,71 @@ def test_any_order_finds_bugs(bug: type[Symmetric]) -> None:
     one_head = Case(schedule="ulysses", world=2, heads=1, kv_heads=1, dlse=False)
     cases = [(case, over_symmetric_memory(case)[1]) for case in (in_four_groups(one_head), one_head)]
     assert any(shows(in_any_order, case, sizes, seed, bug) for seed in range(50) for case, sizes in cases)
+
+
+# ---- several domains -----------------------------------------------------------------------------------------------------------
+
+
+def cases_of_domains(seed: int, world: int) -> list[tuple[Case, list[Domain]]]:
+    """A drawn case over some ways to put its ranks on hosts; double rings more often than they are drawn."""
+    choice, case = random.Random(seed), draw(seed, worlds=(world,))
+    found = []
+    inner = [n for n in range(2, world) if world % n == 0]
+    ring = {"trim": True, "transport": "auto"} if case.schedule in ("allgather", "ulysses") else {}
+    for one in (case, replace(case, schedule="double_ring", ulysses=1, inner=choice.choice(inner), **ring)) if inner else (case,):
+        schedule = make_schedule(one.build_schedule(), world, one.ulysses, one.inner)
+        size = choice.choice([n for n in range(1, world + 1) if world % n == 0])
+        domains = [domain_of(rank, [str(r // size) for r in range(world)], schedule) for rank in range(world)]
+        if not any(domain.trouble for domain in domains):
+            found.append((one, domains))
+    return found
+
+
+@pytest.mark.parametrize(("world", "seeds"), [(2, 20), (4, 24), (6, 12), (8, 12)])
+def test_drawn_passes_over_several_domains(world: int, seeds: int) -> None:
+    wrong = []
+    for seed in range(400_000 + world * 100, 400_000 + world * 100 + seeds):
+        for case, domains in cases_of_domains(seed, world):
+            found, sizes = over_symmetric_memory(case, domains)
+            wrong += found + in_any_order(case, sizes, seed, domains=domains)
+    assert not wrong, "\n".join(wrong)
+
+
+class RelaysNeverWaitForReaders(Symmetric):
+    def _spell(self, kind: str, what: str, index: int, peers: tuple[int, ...]) -> list[Op]:
+        return [] if (kind, what) == ("relays", "free") else super()._spell(kind, what, index, peers)
+
+
+class RelaysAllInOneBuffer(Symmetric):
+    """While it may be computed on."""
+
+    def _buffer(self, what: str, step: int) -> tuple[Any, int]:
+        lane, index = super()._buffer(what, step)
+        return lane, 0 if lane.kind == "relays" else index
+
+
+class RelaysLeaveBeforeTheyCame(Symmetric):
+    def lease(self, label: Label, *args: Any) -> Tensor:
+        tensor = super().lease(label, *args)
+        if label.what == "relays":
+            lane, index = self._buffer(label.what, label.step)
+            lane.complete[index] = self.gpu.mark(self.gpu.current())
+        return tensor
+
+
+class RelaysAreTakenForOwnChunks(Symmetric):
+    def post(self, label: Label, sends: Sequence[Message], receives: Sequence[Message]) -> Any:
+        return super().post(label, sends, [m._replace(step=0) for m in receives])
+
+
+RELAY_BUGS = (RelaysNeverWaitForReaders, RelaysAllInOneBuffer, RelaysLeaveBeforeTheyCame, RelaysAreTakenForOwnChunks)
+
+
+@pytest.mark.parametrize("bug", RELAY_BUGS, ids=lambda bug: bug.__name__)
+def test_what_is_passed_on_finds_bugs(bug: type[Symmetric]) -> None:
+    case = Case(schedule="double_ring", world=6, inner=2, pieces=2, mask="full()", dlse=False)
+    schedule = make_schedule(case.build_schedule(), case.world, case.ulysses, case.inner)
+    domains = [domain_of(rank, list("001122"), schedule) for rank in range(6)]
+    wrong, sizes = over_symmetric_memory(case, domains)
+    assert not wrong and not in_any_order(case, sizes, 0, domains=domains)
+    assert any(shows(in_any_order, case, sizes, seed, bug, domains) for seed in range(50))

@@ -25,27 +25,34 @@ class TransportError(RuntimeError):
 
 
 class Label(NamedTuple):
-    """What a post moves, for errors and logs. ``what``: "chunks", "gradients" or "heads". ``far``: over the slow links of a
-    double ring, where nothing on the fast ones should wait for it."""
+    """What a post moves, for errors and logs. ``what``: "chunks", "gradients" or "heads"; leased are also "relays", for chunks
+    that will be passed on. ``far``: over the slow links of a double ring, where nothing on the fast ones should wait for it."""
 
     what: str
     step: int = 0
     far: bool = False
 
     def __str__(self) -> str:
-        words = {"chunks": "chunks", "gradients": "gradients of chunks", "heads": "exchange of heads"}
+        words = {
+            "chunks": "chunks",
+            "gradients": "gradients of chunks",
+            "heads": "exchange of heads",
+            "relays": "chunks to pass on",
+        }
         return f"step {self.step}, {words[self.what]}"
 
 
 class Message(NamedTuple):
     """A contiguous tensor to send to, or to fill from, a rank of the group.
 
-    ``row`` is for transports that pull: the row of the peer's leased buffer at which a receive begins.
+    For transports that pull: ``row`` of the sender's leased buffer at which a receive begins, and the ``step`` whose buffer that
+    is, if it is not that of the sender's own chunk.
     """
 
     peer: int
     tensor: Tensor
     row: int = 0
+    step: int = 0
 
 
 class Pending(Protocol):
@@ -58,6 +65,17 @@ class Pending(Protocol):
         """
 
 
+class Several:
+    """Posts of one kind, as one."""
+
+    def __init__(self, parts: Sequence[Pending]) -> None:
+        self.parts = parts
+
+    def wait(self) -> None:
+        for part in self.parts:
+            part.wait()
+
+
 class Transport(ABC):
     """Moves messages between the ranks of a group."""
 
@@ -68,12 +86,15 @@ class Transport(ABC):
     """Whether receivers read a sender's leased buffers themselves, and so need to be told where (``Message.row``)."""
 
     def open(self, what: str, plan: Plan, nbytes: int) -> None:
-        """Begins a pass that will lease buffers of ``what`` ("chunks" or "gradients"), or an exchange that will lease one
-        ("heads"); all ranks call it in the same order. nbytes: of a buffer, at most on any rank; the same on all.
+        """Begins a pass that will lease buffers of ``what`` ("chunks", "relays" or "gradients"), or an exchange that will lease
+        one ("heads"); all ranks call it in the same order. nbytes: of a buffer, at most on any rank; the same on all.
         """
 
     def lease(self, label: Label, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Memory, of any content, for what this rank will send; pulling transports place it where peers can read it."""
+        """Memory, of any content, for what this rank will send; pulling transports place it where peers can read it.
+
+        What is written to it before the first post that sends it must be on the current stream, or waited for there.
+        """
         return torch.empty(shape, dtype=dtype, device=device)
 
     def multiprocessors(self, plan: Plan) -> int:
@@ -153,8 +174,8 @@ class Cargo:
 class Leg(NamedTuple):
     """One message of a post, with a rank of the group: rows of the buffer of ``step`` (0: the own chunk).
 
-    ``whole``: whether these are all its rows. ``row``: for a receive by a transport that pulls, where it begins in the peer's
-    buffer.
+    ``whole``: whether these are all its rows. For transports that pull: ``there``, the step of the sender's buffer, and the row
+    of it at which a receive begins.
     """
 
     peer: int
@@ -163,6 +184,7 @@ class Leg(NamedTuple):
     stop: int
     whole: bool
     row: int = 0
+    there: int = 0
 
 
 class Moves(NamedTuple):
@@ -175,14 +197,15 @@ class Moves(NamedTuple):
 
 
 class Itinerary(NamedTuple):
-    """A plan's posts and homes by slot, resolved once; the steps whose buffers nobody needs after a slot; and the own rows that
-    leave, all of them unless it is worth packing fewer."""
+    """A plan's posts and homes by slot, resolved once; the steps whose buffers nobody needs after a slot; the own rows that
+    leave, all of them unless it is worth packing fewer; and the steps whose chunks are passed on."""
 
     posts: tuple[tuple[Moves, ...], ...]
     homes: tuple[tuple[Moves, ...], ...]
     stages_end: tuple[tuple[int, ...], ...]
     gradients_end: tuple[tuple[int, ...], ...]
     leaving: Ranges
+    relayed: frozenset[int]
 
 
 @lru_cache(maxsize=1024)
@@ -199,8 +222,10 @@ def itinerary(plan: Plan, pulls: bool = False) -> Itinerary:
     def ends(last: list[int]) -> tuple[tuple[int, ...], ...]:
         return tuple(tuple(step for step, end in enumerate(last) if step and end == n) for n in range(len(plan.homes)))
 
-    legs = sorted((leg.start, leg.stop) for slot in posts for moves in slot for leg in moves.sends if leg.step == 0)
-    return Itinerary(posts, homes, ends(stages), ends(gradients), _worth_packing(legs, plan.steps[0].rows))
+    sent = [leg for slot in posts for moves in slot for leg in moves.sends]
+    own = sorted((leg.start, leg.stop) for leg in sent if leg.step == 0)
+    relayed = frozenset(leg.step for leg in sent if leg.step)
+    return Itinerary(posts, homes, ends(stages), ends(gradients), _worth_packing(own, plan.steps[0].rows), relayed)
 
 
 PACKED_APART = 4
@@ -226,10 +251,10 @@ def _moves(plan: Plan, what: str, slot: int, post: Post, pulls: bool) -> Moves:
         step, rows = place(plan, t, plan.rank)
         whole = rows == ((0, plan.steps[step].rows),)
         if t.source == plan.rank:
-            sends += [Leg(plan.peer(t.dest), step, start, stop, whole) for start, stop in rows]
+            sends += [Leg(plan.peer(t.dest), step, *ab, whole, there=step) for ab in rows]
         else:
-            there = [start for start, _ in place(plan, t, t.source)[1]] if pulls else [0] * len(rows)
-            receives += [Leg(plan.peer(t.source), step, *ab, whole, row) for ab, row in zip(rows, there, strict=True)]
+            there, begins = place(plan, t, t.source) if pulls else (0, ((0, 0),) * len(rows))
+            receives += [Leg(plan.peer(t.source), step, *ab, whole, at, there) for ab, (at, _) in zip(rows, begins, strict=True)]
     label = Label(what, post.step, plan.far[post.step])
     return Moves(label, tuple(sends), tuple(receives), plan.due(slot, post.step))
 
@@ -244,6 +269,19 @@ def place(plan: Plan, transfer: Transfer, rank: int) -> tuple[int, Ranges]:
         rows.append((offset, offset + stop - start))
         offset += stop - start
     return step, tuple(rows)
+
+
+@lru_cache(maxsize=1024)
+def relay_buffers(plan: Plan) -> int:
+    """Buffers for chunks that a double ring passes on, taken in turn, so that one is free again when its turn comes: computed and
+    sent to the last neighbour in slots before. The same on all ranks; 0 for other schedules."""
+    inner = plan.key.schedule.inner
+    far = [step for step, crosses in enumerate(plan.far) if crosses]
+    if inner == 1 or not far:
+        return 0
+    slots = {post.step: n for n, slot in enumerate(plan.posts) for post in slot}
+    ends = [max(step, *(slots[step + hop] for hop in range(1, inner))) for step in far]
+    return max(1 + sum(slots[later] <= end for later in far[i + 1 :]) for i, end in enumerate(ends))
 
 
 @lru_cache(maxsize=1024)
@@ -270,19 +308,24 @@ class Stages:
         self.pending: dict[int, Pending] = {}  # by the step that needs it
         if len(plan.steps) > 1:
             like = cargo.like
-            transport.open("chunks", plan, buffer_bytes(plan, "chunks", (like.shape[0], cargo.columns), like.element_size()))
+            for what in ("chunks", *(["relays"] if relay_buffers(plan) else [])):
+                transport.open(what, plan, buffer_bytes(plan, what, (like.shape[0], cargo.columns), like.element_size()))
 
     def _buffer(self, step: int) -> Tensor:
         if step == 0:
             return self._own()
         if step not in self.buffers:
-            self.buffers[step] = self.cargo.like.new_empty(self.cargo.shape(self.plan.steps[step].rows))
+            like, shape = self.cargo.like, self.cargo.shape(self.plan.steps[step].rows)
+            relayed = step in self.itinerary.relayed
+            self.buffers[step] = self._lease("relays", step, shape) if relayed else like.new_empty(shape)
         return self.buffers[step]
+
+    def _lease(self, what: str, step: int, shape: tuple[int, ...]) -> Tensor:
+        return self.transport.lease(Label(what, step), shape, self.cargo.like.dtype, self.cargo.like.device)
 
     def _own(self) -> Tensor:
         if self.packed is None:
-            like = self.cargo.like
-            self.packed = self.transport.lease(Label("chunks"), self.cargo.shape(like.shape[1]), like.dtype, like.device)
+            self.packed = self._lease("chunks", 0, self.cargo.shape(self.cargo.like.shape[1]))
             trace.begin(trace.PACK)
             self.cargo.pack(self.packed, self.itinerary.leaving)
             trace.end(trace.PACK)
@@ -334,7 +377,8 @@ class Homecoming:
         if step not in self.buffers:
             shape = (self.plan.steps[step].rows, *self.shape)
             if step:  # leaves for its owners
-                self.buffers[step] = self.transport.lease(Label("gradients", step), shape, self.dtype, self.device).zero_()
+                label = Label("gradients", step, self.plan.far[step])
+                self.buffers[step] = self.transport.lease(label, shape, self.dtype, self.device).zero_()
             else:
                 self.buffers[step] = torch.zeros(shape, dtype=self.dtype, device=self.device)
         return self.buffers[step]
@@ -361,9 +405,9 @@ class Homecoming:
         """Posts the gradients that leave at this slot, and the receives of what others send now."""
         for label, sends, receives, due in self.itinerary.homes[slot]:
             if sends or receives or self.transport.collective:
-                targets = [message.tensor for message in _messages(self._buffer, receives)]
-                additions = [(target, torch.empty_like(target)) for target in targets]
-                arriving = [Message(leg.peer, mail, leg.row) for leg, (_, mail) in zip(receives, additions, strict=True)]
+                messages = _messages(self._buffer, receives)
+                additions = [(m.tensor, torch.empty_like(m.tensor)) for m in messages]
+                arriving = [m._replace(tensor=mail) for m, (_, mail) in zip(messages, additions, strict=True)]
                 self.arriving.append((due, self.transport.post(label, _messages(self._buffer, sends), arriving), additions))
 
     def release(self, slot: int) -> None:
@@ -373,4 +417,5 @@ class Homecoming:
 
 
 def _messages(buffer: Callable[[int], Tensor], legs: Iterable[Leg]) -> list[Message]:
-    return [Message(leg.peer, buffer(leg.step) if leg.whole else buffer(leg.step)[leg.start : leg.stop], leg.row) for leg in legs]
+    parts = [(leg, buffer(leg.step) if leg.whole else buffer(leg.step)[leg.start : leg.stop]) for leg in legs]
+    return [Message(leg.peer, part, leg.row, leg.there) for leg, part in parts]

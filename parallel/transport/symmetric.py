@@ -6,7 +6,8 @@ written and awaited by the streams themselves (cuStreamBatchMemOp): no kernel, n
 On 4 H200 this moves 174-364 GB/s at 4-256 MB against 61-277 by NCCL's send/recv; a running kernel loses 0-1 % instead of 3-4 %.
 
 Two buffers of a kind alternate: for chunks from pass to pass (one is read while the next layer already packs the other), for
-gradients from step to step, for heads from exchange to exchange. Nothing here uses NVLink multicast.
+gradients from step to step, for heads from exchange to exchange. Chunks that a rank got from elsewhere and passes on (a double
+ring's) lie in as many buffers as `relay_buffers` says, in turn. Nothing here uses NVLink multicast.
 
 Two flags for every kind, buffer and pair of owner and reader make reuse safe. They are 0 or 1, never counted:
 
@@ -34,10 +35,11 @@ are made.
 from __future__ import annotations
 
 import ctypes
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -47,7 +49,7 @@ from torch import Tensor
 
 from ringflash.parallel import trace
 from ringflash.parallel.plan import Plan
-from ringflash.parallel.transport import Label, Message, Pending, Transport, itinerary
+from ringflash.parallel.transport import Label, Message, Pending, Several, Transport, itinerary, relay_buffers
 from ringflash.parallel.watchdog import reached, watch
 from ringflash.streams import current_stream
 
@@ -56,6 +58,9 @@ TOGETHER_BYTES = 4 << 20
 """Up to here the chunks of one post are fetched once all their owners are ready, and given back together: two calls of the driver
 instead of two for each. Above, each is fetched as soon as its owner is ready. (Not tuned.)"""
 KINDS = ("chunks", "gradients", "heads")
+RELAYS = "relays"
+MOST_RELAYS = 64
+"""Buffers for what is passed on, at most."""
 READY, BUSY = 0, 1
 
 
@@ -97,18 +102,30 @@ def _checked(name: str, code: int) -> None:
 
 
 class Cuda:
-    """What this transport asks of a GPU. A test has another one, whose streams run in any order that they may."""
+    """What this transport asks of a GPU. A test has another one, whose streams run in any order that they may.
 
-    def __init__(self, group: dist.ProcessGroup, timeout_s: float, device: torch.device, meet: Meet) -> None:
+    group: that maps each other's memory. whole: that which computes together, if it is a larger one; its ranks all meet.
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        timeout_s: float,
+        device: torch.device,
+        meet: Meet,
+        whole: dist.ProcessGroup | None = None,
+    ) -> None:
         self.group, self.timeout_s, self.device, self.meet = group, timeout_s, device, meet
         self.rank, self.world = dist.get_rank(group), dist.get_world_size(group)
+        self.whole = whole or group
 
     def share(self, size: int) -> Shared:
         """Zeroed bytes that all ranks map. All ranks must call it together, with the same size, and have no work under way."""
         # Step by step, so that nobody goes to the rendezvous where somebody is missing.
         memory = self._met(lambda: symmetric_memory.empty(size, dtype=torch.uint8, device=self.device).zero_())
-        handle = self._met(lambda: symmetric_memory.rendezvous(memory, self.group))
-        return Shared(memory, tuple(int(p) for p in handle.buffer_ptrs), handle)
+        handle = self._met(lambda: symmetric_memory.rendezvous(memory, self.group) if self.world > 1 else None)
+        addresses = [memory.data_ptr()] if handle is None else handle.buffer_ptrs
+        return Shared(memory, tuple(map(int, addresses)), handle)
 
     def _met(self, make: Callable[[], Any]) -> Any:
         """What was made, once all ranks have theirs."""
@@ -164,7 +181,7 @@ class Cuda:
         return reached()
 
     def watch(self, label: Label, peers: Sequence[int], begun: Any) -> None:
-        watch(self.group, self.rank, label, peers, self.timeout_s, begun)
+        watch(self.whole, dist.get_rank(self.whole), label, peers, self.timeout_s, begun)
 
 
 @dataclass
@@ -176,15 +193,19 @@ class _Lane:
     signals: Any
     size: int = 0
     """Bytes of one buffer."""
+    count: int = BUFFERS
+    """Of them."""
+    turns: Sequence[int] = ()
+    """By step: whose turn it is, where buffers alternate inside a pass."""
     shared: Shared | None = None
     passes: int = 0
     captured: bool = False
     """Whether a CUDA graph knows the buffers."""
-    complete: list[Any] = field(default_factory=lambda: [None] * BUFFERS)
+    complete: defaultdict[int, Any] = field(default_factory=lambda: defaultdict(lambda: None))
     """When what was written since the last lease is complete, by buffer."""
-    told: list[set[int]] = field(default_factory=lambda: [set() for _ in range(BUFFERS)])
+    told: defaultdict[int, set[int]] = field(default_factory=lambda: defaultdict(set))
     """Who was told to read it since then, by buffer."""
-    unwaited: list[list[_Pull]] = field(default_factory=lambda: [[] for _ in range(BUFFERS)])
+    unwaited: defaultdict[int, list[_Pull]] = field(default_factory=lambda: defaultdict(list))
     """Posts about it that the computing stream has not waited for, by buffer."""
     reads: Mapping[tuple[int, int], int] = field(default_factory=dict)
     """In how many posts of this pass something comes, by the buffer's step and peer; and how many of them were posted."""
@@ -194,22 +215,38 @@ class _Lane:
 
 
 class Symmetric(Transport):
-    """Pulls through symmetric memory."""
+    """Pulls through symmetric memory.
+
+    members: the ranks that map each other's memory, by the numbers that messages and plans give them; default: those of gpu.
+    """
 
     name = "symmetric"
     pulls = True
 
-    def __init__(self, gpu: Cuda) -> None:
-        self.gpu, self.rank, self.world = gpu, gpu.rank, gpu.world
-        self.others = tuple(p for p in range(self.world) if p != self.rank)
-        self.flags = gpu.share(len(KINDS) * BUFFERS * 2 * self.world * 4)
+    def __init__(self, gpu: Cuda, members: Sequence[int] | None = None) -> None:
+        self.gpu, self.world = gpu, gpu.world
+        members = range(self.world) if members is None else members
+        self.place = {member: i for i, member in enumerate(members)}
+        self.rank = members[gpu.rank]
+        self.others = tuple(p for p in members if p != self.rank)
+        self.flags = gpu.share((len(KINDS) * BUFFERS + MOST_RELAYS) * 2 * self.world * 4)
         self.lanes = {kind: _Lane(kind, gpu.stream(n), gpu.stream(n)) for n, kind in enumerate(KINDS, start=1)}
+        chunks = self.lanes["chunks"]
+        self.lanes[RELAYS] = _Lane(RELAYS, chunks.copies, chunks.signals, count=0)
         self.kept: list[Shared] = []
 
     @classmethod
-    def of(cls, group: dist.ProcessGroup, timeout_s: float, device: torch.device, meet: Meet) -> Symmetric:
-        """That of a group's rank. Raises NotSharedError on all ranks if one of them cannot."""
-        return cls(Cuda(group, timeout_s, device, meet))
+    def of(
+        cls,
+        group: dist.ProcessGroup,
+        timeout_s: float,
+        device: torch.device,
+        meet: Meet,
+        whole: dist.ProcessGroup | None = None,
+        members: Sequence[int] | None = None,
+    ) -> Symmetric:
+        """That of a group's rank. Raises NotSharedError on all ranks (of ``whole``) if one of them cannot."""
+        return cls(Cuda(group, timeout_s, device, meet, whole), members)
 
     @property
     def nbytes(self) -> int:
@@ -219,43 +256,57 @@ class Symmetric(Transport):
 
     def _flag(self, at: int, kind: str, index: int, flag: int, peer: int) -> int:
         """Address, on rank ``at``, of its flag about ``peer``."""
-        return self.flags.addresses[at] + 4 * (((KINDS.index(kind) * BUFFERS + index) * 2 + flag) * self.world + peer)
+        buffer = index + BUFFERS * (len(KINDS) if kind == RELAYS else KINDS.index(kind))
+        return self.flags.addresses[self.place[at]] + 4 * ((buffer * 2 + flag) * self.world + self.place[peer])
 
     def open(self, what: str, plan: Plan, nbytes: int) -> None:
-        lane, capturing, size = self.lanes[what], self.gpu.capturing(), -(-nbytes // 1024) * 1024
+        lane, size, count = self.lanes[what], -(-nbytes // 1024) * 1024, BUFFERS
+        if what == RELAYS and (count := relay_buffers(plan)) > MOST_RELAYS:
+            raise ValueError(
+                f"a double ring passes on {count} pieces at a time, transport {self.name!r} {MOST_RELAYS} at most: "
+                'use fewer pieces, or transport="p2p"'
+            )
         lane.passes += 1
-        if size > lane.size:  # the same on all ranks: it follows from the plan alone
-            if capturing:
-                raise ValueError(
-                    f'transport "symmetric" needs buffers of {size} bytes for {what}, has {lane.size}, and can make none while a '
-                    "CUDA graph is captured: make the same call once before capturing it"
-                )
-            self.gpu.synchronize()
-            if lane.captured and lane.shared is not None:
-                self.kept.append(lane.shared)
-            lane.shared, lane.captured = self.gpu.share(size * BUFFERS), False
-            lane.size = size
-            lane.views.clear()
-        lane.captured |= capturing
-        lane.reads = _reads(plan, what)
+        if size and (size > lane.size or count > lane.count):  # the same on all ranks: it follows from the plan alone
+            self._make(lane, max(size, lane.size), max(count, lane.count))
+        lane.captured |= self.gpu.capturing()
+        lane.reads, lane.turns = _reads(plan, what), _turns(plan, what)
         lane.begun.clear()
 
-    def _index(self, label: Label) -> int:
-        """Which of the buffers a post is about; both sides know it."""
-        return (label.step if label.what == "gradients" else self.lanes[label.what].passes) % BUFFERS
+    def _make(self, lane: _Lane, size: int, count: int) -> None:
+        """So many buffers of so many bytes each."""
+        if self.gpu.capturing():
+            raise ValueError(
+                f"symmetric memory needs {count} buffers of {size} bytes for {lane.kind}, has {lane.count} of {lane.size}, and "
+                "can make none while a CUDA graph is captured: make the same call once before capturing it"
+            )
+        self.gpu.synchronize()
+        if lane.captured and lane.shared is not None:
+            self.kept.append(lane.shared)
+        lane.shared, lane.captured = self.gpu.share(size * count), False
+        lane.size, lane.count = size, count
+        lane.views.clear()
+
+    def _buffer(self, what: str, step: int) -> tuple[_Lane, int]:
+        """Which lane's buffer a lease, or a message of a post, is about, and which of them; both sides know it."""
+        lane = self.lanes[RELAYS if what == "chunks" and step else what]
+        turn = lane.passes if what == "heads" or not step else lane.turns[step]
+        return lane, turn % max(lane.count, 1)
 
     def lease(self, label: Label, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         n = dtype.itemsize
         for size in shape:
             n *= size
-        if n == 0:  # no rows, heads or batch: nobody will read it
+        # No rows, heads or batch: nobody will read it. Nor what goes far.
+        if n == 0 or label.far:
             return torch.empty(shape, dtype=dtype, device=device)
-        lane, index = self.lanes[label.what], self._index(label)
+        lane, index = self._buffer(label.what, label.step)
         assert lane.shared is not None and n <= lane.size, (label, shape, lane.size)
         stream = self.gpu.current()
         trace.begin(trace.WAIT, label.step, trace.FOR_READERS)
         for pull in tuple(lane.unwaited[index]):  # a third group of heads leaves before anybody waits for the second
-            pull.join()
+            if label.what != "chunks" or pull.turn != lane.passes:  # others' chunks of this pass may still be on their way
+                pull.join()
         begun = self.gpu.begun()
         self.gpu.issue(stream, self._ops(lane, "free", index, self.others))
         trace.end(trace.WAIT, label.step, trace.FOR_READERS)
@@ -288,7 +339,20 @@ class Symmetric(Transport):
         return [Op(False, self._flag(p, kind, index, BUSY, self.rank), 0) for p in peers]
 
     def post(self, label: Label, sends: Sequence[Message], receives: Sequence[Message]) -> Pending:
-        gpu, lane, index = self.gpu, self.lanes[label.what], self._index(label)
+        if label.what != "chunks":
+            return self._post(label, label.step, sends, receives)
+        steps = sorted({m.step for m in (*sends, *receives)})
+        if len(steps) <= 1:
+            return self._post(label, steps[0] if steps else 0, sends, receives)
+
+        def of(step: int, messages: Sequence[Message]) -> list[Message]:
+            return [m for m in messages if m.step == step]
+
+        return Several([self._post(label, step, of(step, sends), of(step, receives)) for step in steps])
+
+    def _post(self, label: Label, step: int, sends: Sequence[Message], receives: Sequence[Message]) -> _Pull:
+        """Of messages that lie in their senders' buffers of one step."""
+        (lane, index), gpu = self._buffer(label.what, step), self.gpu
         main, now, signalled, done = gpu.current(), None, None, None
         told = lane.told[index]
         # Messages without elements do not travel; both sides know the sizes.
@@ -313,17 +377,17 @@ class Symmetric(Transport):
             gpu.wait(lane.copies, now or gpu.mark(main))  # the memory being filled may have been in use until now
             together = nbytes <= TOGETHER_BYTES
             for peers in (tuple(reads),) if together else ((peer,) for peer in reads):
-                self._read(lane, label, index, peers, reads)
+                self._read(lane, label, step, index, peers, reads)
             done = gpu.mark(lane.copies)
-        return _Pull(self, label, signalled, done, tuple(reads), receives, lane.unwaited[index])
+        return _Pull(self, label, signalled, done, tuple(reads), receives, lane.unwaited[index], lane.passes)
 
     def _read(
-        self, lane: _Lane, label: Label, index: int, peers: tuple[int, ...], reads: Mapping[int, Sequence[Message]]
+        self, lane: _Lane, label: Label, step: int, index: int, peers: tuple[int, ...], reads: Mapping[int, Sequence[Message]]
     ) -> None:
-        """Copies of one post from some peers, once all of these are ready."""
+        """Copies of one post from some peers' buffers of a step, once all of these are ready."""
         gpu, stream = self.gpu, lane.copies
         assert lane.shared is not None
-        step, who = label.step if label.what == "gradients" else 0, peers[0] if len(peers) == 1 else None
+        step, who = 0 if label.what == "heads" else step, peers[0] if len(peers) == 1 else None
         first, last = [], []
         for peer in peers:
             lane.begun[step, peer] += 1
@@ -337,7 +401,7 @@ class Symmetric(Transport):
             trace.end(trace.WAIT, label.step, who, label.what, stream)
         trace.begin(trace.COPY, label.step, who, label.what, stream)
         for peer in peers:
-            begin = lane.shared.addresses[peer] + index * lane.size
+            begin = lane.shared.addresses[self.place[peer]] + index * lane.size
             for m in reads[peer]:
                 gpu.copy(stream, m.tensor, begin + m.row * (m.tensor.nbytes // m.tensor.shape[0]))
         trace.end(trace.COPY, label.step, who, label.what, stream)
@@ -357,9 +421,10 @@ class _Pull:
         peers: tuple[int, ...],
         kept: Sequence[Message],
         unwaited: list[_Pull],
+        turn: int,
     ) -> None:
         self.transport, self.label, self.signalled, self.done = transport, label, signalled, done
-        self.peers, self.kept, self.unwaited = peers, kept, unwaited
+        self.peers, self.kept, self.unwaited, self.turn = peers, kept, unwaited, turn
         self.captured = transport.gpu.capturing()
         unwaited.append(self)
 
@@ -386,13 +451,22 @@ class _Pull:
 
 @lru_cache(maxsize=1024)
 def _reads(plan: Plan, what: str) -> Mapping[tuple[int, int], int]:
-    """In how many posts of a pass a rank reads a peer's buffer: by the step whose gradients lie there (0: chunks) and peer."""
+    """In how many posts of a pass a rank reads a peer's buffer: by the step of the buffer there (0: the own chunk, or heads) and
+    peer."""
     if what == "heads":
         return {(0, plan.rank * len(plan.shares) + member): 1 for member in range(len(plan.shares))}
-    slots = itinerary(plan, pulls=True).posts if what == "chunks" else itinerary(plan, pulls=True).homes
+    way = itinerary(plan, pulls=True)
     return Counter(
-        (moves.label.step if what == "gradients" else 0, peer)
-        for slot in slots
+        buffer
+        for slot in (way.homes if what == "gradients" else way.posts)
         for moves in slot
-        for peer in {leg.peer for leg in moves.receives}
+        for buffer in {(leg.there, leg.peer) for leg in moves.receives}
+        if what == "gradients" or (buffer[0] > 0) == (what == RELAYS)
     )
+
+
+@lru_cache(maxsize=1024)
+def _turns(plan: Plan, what: str) -> Sequence[int]:
+    """By step: how many buffers of that kind are taken before its. What comes from far is what is passed on, and its gradients go
+    far again, from no buffer of these."""
+    return tuple(accumulate((crosses == (what == RELAYS) for crosses in plan.far), initial=0))

@@ -38,10 +38,10 @@ def shaped_link(bits_per_s: int) -> Iterator[tuple[str, str]]:
     Raises CalledProcessError where the machine does not allow it.
     """
     names = f"ringflash{os.getpid()}a", f"ringflash{os.getpid()}b"
-    # What is let through at once, and what is under way at a time: a few ms of the link, else the queue grows faster than TCP
-    # learns of it, and it sends again.
+    # What is let through at once, and what a socket has under way at a time: a ms of the link, and half of one, since NCCL has a
+    # dozen of them. With more the queue grows faster than TCP learns of it: it sends again, and whatever comes next is late.
     burst = max(64 << 10, bits_per_s // 8 // 1000)
-    most = max(256 << 10, bits_per_s // 8 // 250)
+    most = max(256 << 10, bits_per_s // 8 // 2000)
     try:
         for name in names:
             _shell(f"ip netns add {name}")

@@ -104,7 +104,8 @@ class NeverWaitsForTheOwner(Symmetric):
 class SignalsBeforeItIsComplete(Symmetric):
     def lease(self, label: Label, *args: Any) -> Tensor:
         tensor = super().lease(label, *args)
-        self.lanes[label.what].complete[self._index(label)] = self.gpu.mark(self.gpu.current())  # before anything is written
+        lane, index = self._buffer(label.what, label.step)
+        lane.complete[index] = self.gpu.mark(self.gpu.current())  # before anything is written
         return tensor
 
 
@@ -113,13 +114,13 @@ class SwapsTheBuffers(Symmetric):
 
     turns = 0
 
-    def _read(self, lane: Any, label: Label, index: int, peers: tuple[int, ...], reads: Any) -> None:
+    def _read(self, lane: Any, label: Label, step: int, index: int, peers: tuple[int, ...], reads: Any) -> None:
         self.turns += 1
         shared = lane.shared
         if self.turns % 3 == 0:
             other = lane.size * (1 - 2 * index)
             lane.shared = shared._replace(addresses=tuple(a + other for a in shared.addresses))
-        super()._read(lane, label, index, peers, reads)
+        super()._read(lane, label, step, index, peers, reads)
         lane.shared = shared
 
 
