@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ringflash import ContextParallel, Mask
+from ringflash import ContextParallel, Mask, attention
 from ringflash.kernels import State, hopper, leaving, reference
 from ringflash.kernels.reference import Reference
 from ringflash.parallel.transport import Transport
@@ -120,3 +120,60 @@ def test_both_passes_leave_what_the_transport_asks_for(monkeypatch: pytest.Monke
     assert isinstance(out, torch.Tensor)
     torch.autograd.grad(out.sum(), (q, k, v))
     assert set(kernel.seen) == {("forward", 3), ("backward", 5)}
+
+
+# ---- "auto": a ring, or heads for sequence -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("world", "tokens", "heads", "kv_heads", "mask", "options", "trades"),
+    [
+        (4, 65_536, 32, 32, Mask.causal(), {}, True),
+        (2, 65_536, 32, 32, Mask.causal(), {}, True),
+        (8, 131_072, 32, 32, Mask.full(), {}, True),
+        (4, 65_536, 32, 8, Mask.causal(), {}, False),  # few key heads: a ring is as fast
+        (4, 8_192, 32, 32, Mask.causal(), {}, False),  # short: two groups would not hide each other's exchange
+        (4, 65_536, 36, 36, Mask.causal(), {}, False),  # an odd number of heads a rank
+        (3, 65_536, 32, 32, Mask.causal(), {}, False),
+        (4, 1_048_576, 32, 32, Mask.causal(window=4096), {}, False),  # a ring sends little
+        (4, 65_536, 32, 32, Mask.causal(), {"schedule": "ring"}, False),
+        (4, 65_536, 32, 32, Mask.causal(), {"memory_budget": "lean"}, False),
+        (4, 65_536, 32, 32, Mask.causal(), {"ulysses": 2}, False),
+        (1, 65_536, 32, 32, Mask.causal(), {}, False),
+    ],
+)
+def test_heads_are_traded_in_training_where_that_was_faster(
+    world: int, tokens: int, heads: int, kv_heads: int, mask: Mask, options: dict[str, Any], trades: bool
+) -> None:
+    for rank in range(world):
+        there = SimulatedWorld(world, **options)
+        traded = there.trading(there.plan(rank, mask, tokens, tokens, heads, kv_heads), 128, 128, 2)
+        assert (traded is not None) == trades
+        assert traded is None or (traded.key.rank, traded.key.schedule.ulysses, traded.key.groups) == (rank, world, 2)
+
+
+def train_and_infer(rank: int) -> tuple[list[int], float]:
+    """Members that trade heads in the jobs of a training call and of one without gradients, where every transport claims to be
+    symmetric memory; and the largest difference to one device's results."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(P2P, "name", "symmetric")
+        patch.setattr("ringflash.parallel.world.GROUP_ROWS", 64)
+        cp = ContextParallel(timeout_s=60.0)
+        generator = torch.Generator().manual_seed(1)
+        q, k, v, dout = (torch.randn(1, 73, 8, 8, dtype=torch.float64, generator=generator) for _ in range(4))
+        local = [cp.shard(x).requires_grad_() for x in (q, k, v)]
+        out = attention(*local, mask=Mask.causal(), cp=cp)
+        found = [out, *torch.autograd.grad(out, local, cp.shard(dout))]
+        with torch.no_grad():
+            found.append(attention(*local, mask=Mask.causal(), cp=cp))
+    whole = [x.requires_grad_() for x in (q, k, v)]
+    out = attention(*whole, mask=Mask.causal())
+    expected = [out, *torch.autograd.grad(out, whole, dout), out]
+    members = [job.plan.key.schedule.ulysses for job in cp.jobs.values()]
+    return members, max(float((a - cp.shard(b)).detach().abs().max()) for a, b in zip(found, expected, strict=True))
+
+
+def test_a_training_call_trades_heads_and_one_without_gradients_does_not(ranks: Ranks) -> None:
+    for members, difference in ranks(4).run(train_and_infer):
+        assert members == [4, 1]
+        assert difference < 1e-12

@@ -9,16 +9,20 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _get_default_store
 
 from ringflash import ContextParallel, Mask, SimulatedWorld, attention
 from ringflash.parallel.transport import TransportError
+from ringflash.parallel.transport.domains import Domains
+from ringflash.parallel.transport.symmetric import Symmetric
 from ringflash.testing import RankPool
 
 Ranks = Callable[[int], RankPool]
@@ -226,6 +230,67 @@ def make_transport_where_rank_1_cannot(rank: int, name: str, stage: str) -> tupl
         except ValueError as error:
             return "ValueError", str(error)
         return transport.name, why
+
+
+def make_transport_on_hosts(rank: int, hosts: str, schedule: str, name: str, **options: int) -> tuple[str, str, tuple[int, ...]]:
+    """What a context makes of ranks on several hosts, why, and who is read by this rank (or the error it raises)."""
+
+    def rendezvous(memory: Tensor, group: dist.ProcessGroup) -> Any:
+        return SimpleNamespace(buffer_ptrs=dist.get_process_group_ranks(group))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RINGFLASH_HOST", hosts[rank])
+        patch.setattr("torch.distributed._symmetric_memory.empty", lambda *_, **__: torch.zeros(8))
+        patch.setattr("torch.distributed._symmetric_memory.rendezvous", rendezvous)
+        patch.setattr("torch.cuda.synchronize", lambda device: None)
+        patch.setattr("ringflash.parallel.transport.symmetric.Cuda.stream", lambda *_: None)
+        patch.setattr("ringflash.parallel.context.far_groups", lambda *_: {})
+        cp = ContextParallel(None, "zigzag", schedule, transport=name, timeout_s=60.0, **options)
+        try:
+            transport, why = cp._make_transport(torch.device("cuda"))
+        except ValueError as error:
+            return "ValueError", str(error), ()
+        near = transport.near if isinstance(transport, Domains) else transport
+        return transport.name, why, near.flags.addresses if isinstance(near, Symmetric) else ()
+
+
+@pytest.mark.parametrize(
+    ("hosts", "schedule", "options", "domains"),
+    [
+        ("aabb", "auto", {}, ("01", "01", "23", "23")),
+        ("abab", "ring", {}, ("02", "13", "02", "13")),
+        ("aaab", "ring", {}, ("012", "012", "012", "3")),
+        ("aabb", "hybrid", {"ulysses": 2}, ("01", "01", "23", "23")),
+        ("aabb", "double_ring", {"inner": 2}, ("01", "01", "23", "23")),
+        ("aaaa", "double_ring", {"inner": 2}, ("01", "01", "23", "23")),
+    ],
+)
+def test_auto_shares_memory_inside_hosts_and_inner_groups(
+    ranks: Ranks, hosts: str, schedule: str, options: dict[str, int], domains: tuple[str, ...]
+) -> None:
+    for (name, why, read), members in zip(
+        ranks(4).run(make_transport_on_hosts, hosts, schedule, "auto", **options), domains, strict=True
+    ):
+        # A rank alone asks for no rendezvous.
+        assert name == "domains" and (len(read) == 1 or read == tuple(map(int, members))), (name, why, read)
+        assert why == f"auto: {len(members)} of 4 ranks read each other"
+
+
+@pytest.mark.parametrize(
+    ("hosts", "schedule", "options", "why"),
+    [
+        ("abcd", "ring", {}, "every rank is on a host of its own"),
+        ("aabb", "ulysses", {}, "ranks 0 to 3 exchange heads or are an inner group, but are not on one host"),
+        ("abba", "double_ring", {"inner": 2}, "ranks 0 to 1 exchange heads or are an inner group, but are not on one host"),
+    ],
+)
+def test_hosts_that_tear_what_belongs_together_share_nothing(
+    ranks: Ranks, hosts: str, schedule: str, options: dict[str, int], why: str
+) -> None:
+    for name, said, _ in ranks(4).run(make_transport_on_hosts, hosts, schedule, "auto", **options):
+        assert name == "p2p" and why in said
+    for name, said, _ in ranks(4).run(make_transport_on_hosts, hosts, schedule, "domains", **options):
+        assert name == "ValueError" and why in said and 'transport="domains" cannot work here' in said
 
 
 @pytest.mark.parametrize("stage", ["memory", "rendezvous"])

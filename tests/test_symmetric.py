@@ -1140,7 +1140,7 @@ def cases_of_domains(seed: int, world: int) -> list[tuple[Case, list[Domain]]]:
     choice, case = random.Random(seed), draw(seed, worlds=(world,))
     found = []
     inner = [n for n in range(2, world) if world % n == 0]
-    ring = {"trim": True, "transport": "auto"} if case.schedule in ("allgather", "ulysses") else {}
+    ring: dict[str, Any] = {"trim": True, "transport": "auto"} if case.schedule in ("allgather", "ulysses") else {}
     for one in (case, replace(case, schedule="double_ring", ulysses=1, inner=choice.choice(inner), **ring)) if inner else (case,):
         schedule = make_schedule(one.build_schedule(), world, one.ulysses, one.inner)
         size = choice.choice([n for n in range(1, world + 1) if world % n == 0])

@@ -169,8 +169,9 @@ class Cuda:
         return (ctypes.c_uint64 * len(words))(*words)
 
     def issue(self, stream: torch.cuda.Stream, packed: Any) -> None:
-        """The stream does the operations, in order."""
-        _checked("cuStreamBatchMemOp", _driver().cuStreamBatchMemOp_v2(stream.cuda_stream, len(packed) // 6, packed, 0))
+        """The stream does the operations, in order. The driver takes no empty list, which a rank alone in its domain has."""
+        if len(packed):
+            _checked("cuStreamBatchMemOp", _driver().cuStreamBatchMemOp_v2(stream.cuda_stream, len(packed) // 6, packed, 0))
 
     def copy(self, stream: torch.cuda.Stream, target: Tensor, source: int) -> None:
         """The stream fills a contiguous tensor from an address, by a copy engine."""
