@@ -50,8 +50,10 @@ def shaped_link(bits_per_s: int) -> Iterator[tuple[str, str]]:
             _shell(f"ip -n {name} addr add 10.77.0.{i + 1}/24 dev {INTERFACE}")
             for interface in ("lo", INTERFACE):
                 _shell(f"ip -n {name} link set {interface} up")
+            # Nor does a connection forget what the link carries while it has nothing to send, as those of clusters do not.
             bounds = " ".join(f'net.ipv4.tcp_{x}mem="4096 65536 {most}"' for x in "rw")
-            _shell(f"ip netns exec {name} sysctl -w net.ipv4.tcp_congestion_control=reno {bounds}")
+            settings = f"net.ipv4.tcp_congestion_control=reno net.ipv4.tcp_slow_start_after_idle=0 {bounds}"
+            _shell(f"ip netns exec {name} sysctl -w {settings}")
             _shell(f"tc -n {name} qdisc add dev {INTERFACE} root tbf rate {bits_per_s} burst {burst} limit {64 << 20}")
         yield names
     finally:
