@@ -51,6 +51,7 @@ TURNED = ("tests/test_property.py::test_queries_may_travel",)
 LAYOUT = ("tests/test_layout.py",)
 SYMMETRIC = ("tests/test_symmetric.py::test_no_interleaving_overwrites_what_a_peer_still_reads",)
 DRAWN_SYMMETRIC = ("tests/test_symmetric.py::test_drawn_passes_over_symmetric_memory",)
+DRAWN_DOMAINS = ("tests/test_symmetric.py::test_drawn_passes_over_several_domains",)
 GROUPS = ("tests/test_groups.py",)
 KNOWN = ("tests/test_host_time.py::test_a_call_that_differs_is_another_call",)
 CARGO = ("tests/test_cargo.py",)
@@ -305,9 +306,23 @@ BUGS = (
     Bug(
         "symmetric: the other buffer is read",
         "parallel/transport/symmetric.py",
-        "lane.shared.addresses[peer] + index * lane.size",
-        "lane.shared.addresses[peer] + (1 - index) * lane.size",
+        "lane.shared.addresses[self.place[peer]] + index * lane.size",
+        "lane.shared.addresses[self.place[peer]] + (1 - index) * lane.size",
         DRAWN_SYMMETRIC,
+    ),
+    Bug(
+        "domains: one buffer too few for what is passed on",
+        "parallel/transport/__init__.py",
+        "return max(1 + sum(slots[later] <= end for later in far[i + 1 :]) for i, end in enumerate(ends))",
+        "return max(1, max(sum(slots[later] <= end for later in far[i + 1 :]) for i, end in enumerate(ends)))",
+        DRAWN_DOMAINS,
+    ),
+    Bug(
+        "domains: each rank has its own count of what is passed on",
+        "parallel/transport/symmetric.py",
+        'turn = lane.passes if what == "heads" or not step else lane.turns[step]',
+        'turn = lane.passes if what == "heads" or not step else lane.turns[step] + (lane.kind == RELAYS and self.rank)',
+        DRAWN_DOMAINS,
     ),
     Bug(
         "symmetric: a reader leaves after the first piece",
