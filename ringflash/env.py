@@ -91,6 +91,14 @@ def timeout_s() -> float:
     return seconds
 
 
+def ranks_per_gpu() -> int:
+    """Ranks of ``RINGFLASH_RANKS_PER_GPU``. ValueError unless it is a positive number."""
+    text = value(RANKS_PER_GPU)
+    if not (text.isascii() and text.isdigit() and int(text)):
+        raise ValueError(f"{RANKS_PER_GPU.name}={text}; give the ranks that tests may start on each GPU, for example 4")
+    return int(text)
+
+
 def host() -> str:
     """What this rank's host is called: ranks with one name may share memory. NCCL's own override counts, as it does for NCCL."""
     boot = Path("/proc/sys/kernel/random/boot_id")  # the same in all containers of a machine, where host names differ

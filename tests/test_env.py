@@ -74,6 +74,15 @@ def test_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
             env.timeout_s()
 
 
+def test_ranks_per_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(env.RANKS_PER_GPU.name, "4")
+    assert env.ranks_per_gpu() == 4
+    for wrong in ("0", "-1", "two", "1.5"):
+        monkeypatch.setenv(env.RANKS_PER_GPU.name, wrong)
+        with pytest.raises(ValueError, match=f"RINGFLASH_RANKS_PER_GPU={wrong}; give the ranks that tests may start on each GPU"):
+            env.ranks_per_gpu()
+
+
 def test_a_library_that_is_not_there_is_an_error_not_a_fallback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv(env.LIBRARY.name, str(tmp_path / "none.so"))
     with pytest.raises(ValueError, match=r"RINGFLASH_LIBRARY=.*none\.so is not a file"):

@@ -83,7 +83,7 @@ def gpu_places() -> int:
     """Ranks with a GPU that tests may start here: RINGFLASH_RANKS_PER_GPU for each."""
     import torch
 
-    return torch.cuda.device_count() * int(env.value(env.RANKS_PER_GPU))
+    return torch.cuda.device_count() * env.ranks_per_gpu()
 
 
 def _share_gpus(rank: int) -> None:

@@ -1,6 +1,7 @@
 """Several GPUs of one host that NCCL and we take for those of two (NCCL_HOSTID): passes over them, against the same formula.
 
-Four ranks. On fewer GPUs both hosts' ranks share them: NCCL takes two ranks on one GPU where they are on different hosts.
+Four ranks. On two GPUs both hosts' ranks share them, on one (RINGFLASH_RANKS_PER_GPU=4) all do: NCCL takes two ranks on one GPU
+where they are on different hosts.
 """
 
 from __future__ import annotations
@@ -13,24 +14,28 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ringflash import ContextParallel, Mask, attention
+from ringflash import ContextParallel, Mask, attention, env
 from ringflash.parallel.memory import Demand, Shape, extra_bytes, symmetric_bytes, tensor_bytes
 from ringflash.parallel.schedule import Schedule
 from ringflash.parallel.transport.domains import Domains
-from ringflash.testing import RankPool
+from ringflash.testing import RankPool, gpu_places
 
 GPUS = torch.cuda.device_count()
 
-pytestmark = [pytest.mark.multigpu, pytest.mark.skipif(GPUS < 2, reason="needs two GPUs, or four, as two hosts of two")]
-
 WORLD, NODE = 4, 2
+
+FEW = GPUS < 2 and gpu_places() < WORLD
+pytestmark = [pytest.mark.multigpu, pytest.mark.skipif(FEW, reason="needs four GPUs as two hosts of two, or two, or one for all")]
 
 _group: dist.ProcessGroup | None = None
 
 
 def emulate_hosts(rank: int) -> None:
-    """Before NCCL starts in this process: ranks in pairs on a host each, and sockets on loopback between these."""
-    os.environ.update(NCCL_HOSTID=f"host{rank // NODE}", NCCL_SOCKET_IFNAME="lo", NCCL_IB_DISABLE="1")
+    """Before NCCL starts in this process: ranks in pairs on a host each, and sockets on loopback between these. On one GPU NCCL
+    takes every rank to be on a host of its own."""
+    host = f"host{rank // NODE}"
+    os.environ.update(NCCL_HOSTID=host if GPUS > 1 else f"rank{rank}", NCCL_SOCKET_IFNAME="lo", NCCL_IB_DISABLE="1")
+    os.environ.update({env.HOST.name: host, "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES": "1"})
     torch.cuda.set_device(rank % GPUS)
 
 
