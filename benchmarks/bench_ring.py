@@ -126,6 +126,9 @@ class System:
             cp = rf.ContextParallel(None, layout, schedule, transport=cfg.transport, memory_budget=memory_budget).for_mask(mask)
             cp.position_ids(work.seqlen)
             self.plan = cp.plan(dist.get_rank(), mask, work.seqlen, work.seqlen, work.heads, work.kv_heads)
+            if cp.transport(device).name == "symmetric":  # where "auto" may train by another schedule than it infers by
+                size = getattr(torch, cfg.dtype).itemsize
+                self.plan = cp.trading(self.plan, cfg.head_dim, cfg.head_dim, size) or self.plan
             tokens = cp.layout_of(work.seqlen).lengths[dist.get_rank()]
             self.attend = lambda q, k, v: rf.attention(q, k, v, mask=mask, cp=cp, backend=self.backend)
         else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -24,7 +24,7 @@ from ringflash.parallel.transport import Transport
 from ringflash.parallel.transport.allgather import AllGather
 from ringflash.parallel.transport.alltoall import AllToAll
 from ringflash.parallel.transport.domains import Domain, Domains, domain_of
-from ringflash.parallel.transport.p2p import P2P, far_groups, near_group
+from ringflash.parallel.transport.p2p import P2P, far_groups, groups_joined, has_far_groups, has_near_group, near_group
 from ringflash.parallel.transport.symmetric import NotSharedError, Symmetric
 from ringflash.parallel.world import MAX_GAP, PlanKey
 
@@ -91,14 +91,14 @@ class Sharding:
         schedule = self.schedule_of(k_len, rows, trades)
         return make_plan(PlanKey(mask, q_layout, k_layout, schedule, heads, kv_heads, rank, self.trim, self.max_gap))
 
-    def trading(self, plan: Plan, head_dim: int, head_dim_v: int, dtype_bytes: int) -> Plan | None:
+    def trading(self, plan: Plan, head_dim: int, head_dim_v: int, dtype_bytes: int, takes_delta: bool = True) -> Plan | None:
         """The plan that trades heads for sequence in place of one of "auto", where a training step over symmetric memory is done
         sooner so: all heads are key heads, there are enough for two groups on every rank, long enough to hide one another's
         exchange, and that is fewer bytes. None elsewhere.
 
         Measured on 4 H200, causal, forward + backward of one GPU, ring and Ulysses: 64k tokens, 32 heads .944 and .972, .922 and
         .956; 128k .955 and .966. With 8 key heads they are equal (.991, .992), and a forward pass alone is faster by a ring (.976
-        and .921).
+        and .921). Longer sequences and more ranks: not measured. takes_delta: of the kernel, as for `Plan.backward`.
         """
         key = plan.key
         auto = self.schedule == "auto" and self.ulysses == 1 and self.memory_budget is None
@@ -107,7 +107,8 @@ class Sharding:
         whose = key.rank, key.mask, key.q_layout.seqlen, key.k_layout.seqlen, key.heads, key.kv_heads
         traded = self.plan(*whose, trades=True)
         dims = head_dim, head_dim_v, dtype_bytes
-        return traded if traded.key.groups > 1 and exchange_bytes(traded, *dims) < ring_bytes(plan, *dims) else None
+        fewer = exchange_bytes(traded, *dims) < ring_bytes(plan, *dims, takes_delta)
+        return traded if traded.key.groups > 1 and fewer else None
 
     def keep_within(self, budget: int | str | None) -> None:
         """Sets the memory budget: bytes, "lean", or None for no bound."""
@@ -247,7 +248,7 @@ class ContextParallel(Sharding):
         self.relays = plain.inner > 1
         if transport == "symmetric" and self.relays:
             raise ValueError(
-                'transport "symmetric" reads chunks at their owner and passes none on: use transport="domains" for a double_ring'
+                'transport "symmetric" has no slow links, as a double_ring has: use transport="domains", or another schedule'
             )
         self.exchanging = plain
         self.transport_name = transport
@@ -301,7 +302,7 @@ class ContextParallel(Sharding):
         **shape: int,
     ) -> str:
         """What a training step would do on this rank, as `Plan.explain` tells it, and by which transport: why that one, if it was
-        chosen.
+        chosen. Until the transport is known (it is made with the first call) "auto" is taken to be a ring.
 
         takes_delta, deterministic and shape (batch, head_dim, dtype_bytes): as there.
         """
@@ -310,7 +311,7 @@ class ContextParallel(Sharding):
         plan = self.plan(self.rank, self.bound(mask), seqlen, seqlen, heads, kv_heads)
         if any(self._transports[d].name == "symmetric" for d in known):
             dims = shape.get("head_dim", 128), shape.get("head_dim", 128), shape.get("dtype_bytes", 2)
-            plan = self.trading(plan, *dims) or plan
+            plan = self.trading(plan, *dims, takes_delta) or plan
         text = plan.explain(where.type, takes_delta=takes_delta, deterministic=deterministic, **shape)
         return f"{text}\ntransport    {self.transport_text(known[0] if known else where)}"
 
@@ -323,14 +324,15 @@ class ContextParallel(Sharding):
             return self._p2p(device), ""
         if name == "auto" and device.type != "cuda":
             return self._p2p(device), f"auto: symmetric memory needs CUDA, not {device.type}"
-        said = self.agreement.gather({"host": env.host()})
+        said = self.agreement.gather({"host": env.host(), "groups": str(groups_joined())})
         hosts = [said[rank]["host"] for rank in range(self.world)]
         apart = name == "domains" or (name == "auto" and (self.relays or len(set(hosts)) > 1))
         domain = domain_of(self.rank, hosts, self.exchanging) if apart else _one_domain(hosts)
         try:
-            elsewhere = "" if device.type == "cuda" else f"its tensors are on {device.type}, not on a CUDA device"
-            _meet(self.agreement, domain.trouble or elsewhere)
-            near = near_group(group, domain.members)
+            if trouble := domain.trouble or (_uneven(said) if apart else ""):  # all ranks know it
+                raise NotSharedError(trouble)
+            _meet(self.agreement, "" if device.type == "cuda" else f"its tensors are on {device.type}, not on a CUDA device")
+            near = near_group(group, domain.members, self._any(not has_near_group(group, domain.members)) if apart else False)
             shared = Symmetric.of(near, timeout_s, device, partial(_meet, self.agreement), group, domain.members)
         except NotSharedError as error:
             if name != "auto":
@@ -341,9 +343,21 @@ class ContextParallel(Sharding):
         text = f"{len(domain.members)} of {self.world} ranks read each other"
         return Domains(shared, self._p2p(device)), text if name == "domains" else f"auto: {text}"
 
+    def _any(self, mine: bool) -> bool:
+        """Whether it is so on some rank."""
+        return any(fact["so"] == "True" for fact in self.agreement.gather({"so": str(mine)}).values())
+
     def _p2p(self, device: torch.device) -> P2P:
-        """With connections of its own for the slow links of a double ring."""
-        far = far_groups(self.group, device, self.timeout_s) if self.relays else None
+        """With connections of its own for the slow links of a double ring. ValueError on all ranks if these cannot be made."""
+        far = None
+        if self.relays:
+            made = has_far_groups(self.group, device, self.timeout_s)
+            if trouble := "" if made else _uneven(self.agreement.gather({"groups": str(groups_joined())})):
+                raise ValueError(
+                    f"a double ring cannot make process groups of its own: {trouble}, by which torch would name the new ones; "
+                    "call attention once before making groups of only some of these ranks"
+                )
+            far = far_groups(self.group, device, self.timeout_s)
         return P2P(self.group, self.timeout_s, self.agreement.last_word, far)
 
     def for_mask(self, mask: Mask) -> ContextParallel:
@@ -442,6 +456,13 @@ class ContextParallel(Sharding):
         count = total[1].clamp(min=1)
         share = local / count.to(local.dtype)
         return share + ((total[0] / count).to(local.dtype) - share.detach())
+
+
+def _uneven(said: Mapping[int, Mapping[str, str]]) -> str:
+    """Why these ranks cannot make groups of some of them (`groups_joined`); empty if they can."""
+    counts = {rank: fact["groups"] for rank, fact in said.items()}
+    other = next((rank for rank in counts if counts[rank] != counts[0]), None)
+    return "" if other is None else f"rank 0 is in {counts[0]} process groups and rank {other} in {counts[other]}"
 
 
 def _one_domain(hosts: Sequence[str]) -> Domain:

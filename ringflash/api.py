@@ -164,6 +164,9 @@ def _prepare(call: Call, cp: ContextParallel, lengths: tuple[int, int]) -> tuple
                     f"{layout.lengths[cp.rank]}; shard with cp.shard (or tell the lengths with cp.for_lengths)"
                 )
         kernel = kernel_for(call, plan)
+        dims = call.q_shape[3], call.v_shape[3], call.dtype.itemsize
+        traded = cp.trading(plan, *dims, kernel.extras.delta) if call.needs_grad else None
+        trading = None if traded is None else kernel_for(call, traded)
         if cp.memory_budget is not None:
             affordable = cp.affordable(demand(call, kernel, cp.may_share_memory(call.device)), *whose)
     except Exception as error:  # whatever it is, the other ranks must not wait for this one
@@ -172,13 +175,14 @@ def _prepare(call: Call, cp: ContextParallel, lengths: tuple[int, int]) -> tuple
     whole = "needed rows" if cp.trim else "whole chunks"
     facts = _facts(call, plan, kernel, f"{cp.transport_name}, {whole}, gaps up to {cp.max_gap} rows")
     facts["memory_budget"] = str(cp.memory_budget)
+    facts["schedule over symmetric memory"] = str((traded or plan).key.schedule)
     if cp.relays:  # its lanes over slow links are made once for each timeout, by all ranks together
         facts["timeout_s"] = str(cp.timeout_s)
     cp.agreement.agree(facts)
     # After the handshake: to make a transport takes all ranks, and they must not wait there for one that refuses.
-    traded = cp.trading(plan, call.q_shape[3], call.v_shape[3], call.dtype.itemsize) if call.needs_grad else None
-    if traded is not None and cp.transport(call.device).name == "symmetric":
-        plan, kernel = traded, kernel_for(call, traded)
+    if traded is not None and trading is not None and cp.transport(call.device).name == "symmetric":
+        plan, kernel = traded, trading
+        facts["schedule"] = facts["schedule over symmetric memory"]
     groups = plan.key.groups
     if cp.memory_budget is not None:  # the ranks' choices mean the same only now
         rows, groups = cp.frugalities(plan)[cp.afford(affordable)]
@@ -252,6 +256,9 @@ def attention(
     TransportError when a rank dies or stays silent. What ranks agree on is verified the first time a call is made with these
     shapes and options; ranks must make the same calls in the same order. (Ring Attention, Liu et al. 2023; FlashAttention-2,
     Dao 2023.)
+
+    schedule="auto" may compute a training step in another order than the same call without gradients, which may then differ in
+    its last bits; so may the first forward of a checkpoint that runs without them.
     """
     words: Any = None
     try:

@@ -186,6 +186,8 @@ def _plan(options: argparse.Namespace) -> int:
     dtype_bytes = {"float32": 4, "float64": 8}.get(options.dtype, 2)
     shape = Shape(options.batch, *dims, dtype_bytes, deterministic=options.deterministic)
     plans = [world.plan(rank, mask, queries, seqlen, options.heads, kv_heads) for rank in wanted]
+    if options.transport == "symmetric":
+        plans = [world.trading(plan, *dims, dtype_bytes) or plan for plan in plans]
     forecasts = predict_all(plans, tables.device, tables.link, shape)
     if options.json:
         print(json.dumps([as_dict(f) for f in forecasts] if options.rank == "all" else as_dict(forecasts[0]), indent=2))
@@ -208,6 +210,8 @@ def _explained(
     if options.schedule == "auto":
         here = seqlen * world.ulysses // world.world
         chosen = f"stages of about {STAGE_TOKENS:,} remote tokens, {here:,} a chunk"
+        if plan.key.schedule.ulysses > world.ulysses:
+            chosen = f"in training; without gradients a ring, {chosen}"
     return explain(plan, forecast, chosen=chosen, source=tables.source)
 
 

@@ -20,7 +20,8 @@ from ringflash.parallel.transport.simulated import Mailbox, Simulated
 class SimulatedWorld(Sharding):
     """A whole world in this process, for tests, planning and debugging.
 
-    Arguments as for ContextParallel, with the number of ranks in place of the mesh.
+    Arguments as for ContextParallel, with the number of ranks in place of the mesh. There is no symmetric memory, so "auto" is a
+    ring in training too.
     """
 
     def __init__(

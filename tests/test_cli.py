@@ -158,6 +158,16 @@ def test_copy_engines_are_faster(capsys: pytest.CaptureFixture[str]) -> None:
     assert 0 < pulled["exposed_s"] < sent["exposed_s"]
 
 
+def test_plan_tells_by_which_schedule_auto_trains(capsys: pytest.CaptureFixture[str]) -> None:
+    plan = ("plan", "--seqlen", "64k", "--world", "4", "--tables", "h200", "--transport")
+    told = {
+        (name, keys): " ".join(said(capsys, *plan, name, "--kv-heads", keys).split())
+        for name, keys in (("symmetric", "32"), ("symmetric", "8"), ("p2p", "32"))
+    }
+    assert "ring(ulysses=4), 1 step (auto: in training; without gradients a ring, stages of about" in told["symmetric", "32"]
+    assert all("staged(rows=98304)" in text for which, text in told.items() if which != ("symmetric", "32"))
+
+
 def test_plan_tells_in_how_many_groups_heads_are_traded(capsys: pytest.CaptureFixture[str]) -> None:
     plan = ("plan", "--seqlen", "64k", "--world", "4", "--schedule")
     assert "in 2 groups, one on its way while another is computed" in " ".join(said(capsys, *plan, "ulysses").split())

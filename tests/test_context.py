@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -16,6 +17,8 @@ import torch.distributed as dist
 from ringflash import ContextParallel, Mask, attention
 from ringflash.kernels import State, hopper, leaving, reference
 from ringflash.kernels.reference import Reference
+from ringflash.parallel.context import STAGE_TOKENS
+from ringflash.parallel.schedule import Schedule
 from ringflash.parallel.transport import Transport
 from ringflash.parallel.transport.p2p import FAR_CTAS, P2P
 from ringflash.parallel.transport.symmetric import Symmetric
@@ -38,7 +41,7 @@ def far_groups_of_some_contexts(rank: int) -> tuple[bool, bool, list[list[int]],
     other = ContextParallel(None, "zigzag", "double_ring", inner=2, transport="p2p", timeout_s=31.0).transport(CPU)
     assert isinstance(other, P2P) and other.far["chunks"] is not first["chunks"], "what timed out once is not used again"
     same = all(a[what] is b[what] for a, b in ((half, again), (first, second)) for what in ("chunks", "gradients"))
-    apart = len({id(group) for far in (half, first) for group in far.values()}) == 4
+    apart = len({id(group) for far in (half, first) for group, _ in far.values()}) == 4
     total = torch.ones(1)
     dist.all_reduce(total, group=again["gradients"][0])
     return same, apart, [dist.get_process_group_ranks(far["chunks"][0]) for far in (half, first)], float(total)
@@ -171,6 +174,49 @@ def train_and_infer(rank: int) -> tuple[list[int], float]:
     expected = [out, *torch.autograd.grad(out, whole, dout), out]
     members = [job.plan.key.schedule.ulysses for job in cp.jobs.values()]
     return members, max(float((a - cp.shard(b)).detach().abs().max()) for a, b in zip(found, expected, strict=True))
+
+
+def train_with_schedules_of_their_own(rank: int) -> str:
+    """The error where rank 0 alone lets "auto" decide, which means the same but over symmetric memory."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(P2P, "name", "symmetric")
+        patch.setattr("ringflash.parallel.world.GROUP_ROWS", 64)
+        cp = ContextParallel(schedule="auto" if rank == 0 else Schedule("staged", rows=STAGE_TOKENS), timeout_s=60.0)
+        try:
+            attention(*(torch.randn(1, 19, 8, 8, requires_grad=True) for _ in range(3)), mask=Mask.causal(), cp=cp)
+        except ValueError as error:
+            return str(error)
+    return "no error"
+
+
+def test_ranks_that_would_not_all_trade_heads_are_told(ranks: Ranks) -> None:
+    for text in ranks(4).run(train_with_schedules_of_their_own):
+        assert "the ranks disagree on schedule over symmetric memory: rank 0: ring(ulysses=4)" in text
+
+
+def transports_of_ranks_in_more_groups_than_others(rank: int) -> tuple[str, str, str]:
+    """Of a ring over two hosts, and a double ring's error; and what the double ring's is where its groups are made already."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RINGFLASH_HOST", "ab"[rank // 2])
+        early = ContextParallel(None, "zigzag", "double_ring", inner=2, transport="p2p").transport(CPU)
+        dist.new_group([0, 2])
+        _, why = ContextParallel()._make_transport(torch.device("cuda"))
+        again = ContextParallel(None, "zigzag", "double_ring", inner=2, transport="p2p").transport(CPU)
+        assert isinstance(early, P2P) and isinstance(again, P2P)
+        try:
+            ContextParallel(None, "zigzag", "double_ring", inner=2, transport="p2p", timeout_s=17.0).transport(CPU)
+        except ValueError as error:
+            return why, str(error), str(early.far is again.far)
+    return why, "no error", ""
+
+
+def test_ranks_in_more_groups_than_others_do_not_wait_for_each_other() -> None:
+    """torch names a group that only its members make by how many each is in."""
+    with RankPool(4) as pool:
+        for why, error, same in pool.run(transports_of_ranks_in_more_groups_than_others):
+            assert re.search(r"no symmetric memory, rank 0 is in \d+ process groups and rank 1 in \d+", why), why
+            assert "a double ring cannot make process groups of its own: rank 0 is in" in error
+            assert same == "True"
 
 
 def test_a_training_call_trades_heads_and_one_without_gradients_does_not(ranks: Ranks) -> None:

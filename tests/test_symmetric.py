@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from ringflash.api import Call, kernel_for
-from ringflash.autograd import in_groups
+from ringflash.api import Call, check, kernel_for
+from ringflash.autograd import Job, backward_in_groups, forward_in_groups, in_groups, take_turns
 from ringflash.kernels import Kernel
 from ringflash.kernels.running import accumulate_dtype
 from ringflash.mask import Mask
@@ -36,6 +36,7 @@ from ringflash.parallel.transport.simulated import Mailbox, Simulated
 from ringflash.parallel.transport.symmetric import KINDS, Op, Shared, Symmetric
 from ringflash.simulated import SimulatedWorld
 from ringflash.testing import Case, draw
+from ringflash.testing.inputs import make_inputs
 from ringflash.testing.runs import judge_of, simulate
 
 T = TypeVar("T")
@@ -128,7 +129,8 @@ class FakeGpu:
     def share(self, size: int) -> Shared:
         number = len(self.there.shares[self.place])
         self.there.shares[self.place].append(size)
-        assert all(len(s) <= number or s[number] == size for s in self.there.shares), "sizes differ between ranks"
+        others = (self.there.shares[member] for member in self.members)
+        assert all(len(s) <= number or s[number] == size for s in others), "sizes differ between ranks"
         with _disable_current_modes():
             memory = torch.zeros(size, dtype=torch.uint8)
         self.there.memory[self.there.address(self.place, number)] = memory
@@ -847,8 +849,10 @@ class EagerGpu:
 
     def share(self, size: int) -> Shared:
         if len(self.memory) == self.shared:
-            self.memory.append(defaultdict(lambda: torch.zeros(size, dtype=torch.uint8)))
+            self.memory.append({})
         parts = self.memory[self.shared]
+        for member in self.members:
+            parts.setdefault(member, torch.zeros(size, dtype=torch.uint8))
         self.log.append((self.place, self.shared))
         self.shared += 1
         assert parts[self.place].numel() == size, "ranks make buffers of different sizes"
@@ -1136,7 +1140,7 @@ def test_any_order_finds_bugs(bug: type[Symmetric]) -> None:
 
 
 def cases_of_domains(seed: int, world: int) -> list[tuple[Case, list[Domain]]]:
-    """A drawn case over some ways to put its ranks on hosts; double rings more often than they are drawn."""
+    """A drawn case over some way to put its ranks on hosts, also unevenly; double rings more often than they are drawn."""
     choice, case = random.Random(seed), draw(seed, worlds=(world,))
     found = []
     inner = [n for n in range(2, world) if world % n == 0]
@@ -1144,7 +1148,9 @@ def cases_of_domains(seed: int, world: int) -> list[tuple[Case, list[Domain]]]:
     for one in (case, replace(case, schedule="double_ring", ulysses=1, inner=choice.choice(inner), **ring)) if inner else (case,):
         schedule = make_schedule(one.build_schedule(), world, one.ulysses, one.inner)
         size = choice.choice([n for n in range(1, world + 1) if world % n == 0])
-        domains = [domain_of(rank, [str(r // size) for r in range(world)], schedule) for rank in range(world)]
+        drawn = [choice.randrange(3) for _ in range(world)]
+        hosts = choice.choice([[r // size for r in range(world)], sorted(drawn), drawn])
+        domains = [domain_of(rank, list(map(str, hosts)), schedule) for rank in range(world)]
         if not any(domain.trouble for domain in domains):
             found.append((one, domains))
     return found
@@ -1198,3 +1204,94 @@ def test_what_is_passed_on_finds_bugs(bug: type[Symmetric]) -> None:
     wrong, sizes = over_symmetric_memory(case, domains)
     assert not wrong and not in_any_order(case, sizes, 0, domains=domains)
     assert any(shows(in_any_order, case, sizes, seed, bug, domains) for seed in range(50))
+
+
+@dataclass
+class Layer:
+    """A case over a whole world: what a rank is given, and what it should get."""
+
+    jobs: list[Job]
+    given: list[tuple[Tensor, ...]]
+    sinks: Tensor | None
+    expected: list[tuple[Tensor, ...]]
+
+    @classmethod
+    def of(cls, case: Case) -> Layer:
+        inputs, mask = make_inputs(case), case.build_mask()
+        there = SimulatedWorld(case.world, case.build_layout(), case.build_schedule(), ulysses=case.ulysses, inner=case.inner)
+        there.trim, there.max_gap = case.trim, case.max_gap
+        there, mailbox = there.for_mask(mask), Mailbox()
+        q, k, v = (x.clone().requires_grad_() for x in (inputs.q, inputs.k, inputs.v))
+        call = check(q, k, v, mask, case.scale, case.softcap, inputs.sinks, "auto", case.deterministic, False)
+        plans = [there.plan(rank, mask, case.q_len, case.k_len, case.heads, case.kv_heads) for rank in range(case.world)]
+        jobs = [
+            Job(plan, kernel_for(call, plan), Simulated(mailbox, rank), call.scale, call.softcap, call.deterministic,
+                groups=plan.key.groups)
+            for rank, plan in enumerate(plans)
+        ]  # fmt: skip
+        pieces = (there.shards(x.contiguous()) for x in (inputs.q, inputs.k, inputs.v, inputs.dout))
+        given: list[tuple[Tensor, ...]] = list(zip(*([x.contiguous() for x in y] for y in pieces), strict=True))
+        forward = take_turns([forward_in_groups(job, x[0], x[1], x[2], inputs.sinks) for job, x in zip(jobs, given, strict=True)])
+        backward = take_turns(
+            [backward_in_groups(job, saved, x[3], None) for job, (_, _, saved), x in zip(jobs, forward, given, strict=True)]
+        )
+        expected: list[tuple[Tensor, ...]] = [(a[0], *b[:3]) for a, b in zip(forward, backward, strict=True)]
+        return cls(jobs, given, inputs.sinks, expected)
+
+
+def layers_in_any_order(
+    cases: Sequence[Case], domains: Sequence[Domain], seed: int, bug: type[Symmetric] = Symmetric
+) -> list[str]:
+    """What is wrong with the passes of several layers, all forwards and then all backwards, with no wait between them."""
+    sizes: dict[str, tuple[int, int]] = {}
+    for case in cases:
+        for kind, (size, count) in over_symmetric_memory(case, domains)[1].items():
+            sizes[kind] = max(sizes.get(kind, (0, 0))[0], size), max(sizes.get(kind, (0, 0))[1], count)
+    layers, there = [Layer.of(case) for case in cases], AnyOrder(domains, seed, sizes, bug)
+    found: list[list[tuple[Tensor, ...]]] = [[] for _ in domains]
+
+    def host(rank: int) -> Iterator[None]:
+        done = []
+        for layer in layers:
+            job = layer.jobs[rank]
+            kernel: Any = Later(job.kernel, there.gpus[rank])
+            job = replace(job, kernel=kernel, transport=there.transports[rank])
+            q, k, v, _ = layer.given[rank]
+            forward = forward_in_groups(job, q, k, v, layer.sinks)
+            done.append((job, (yield from on_stream(there.gpus[rank], forward))))
+            yield
+        for layer, (job, (out, _, saved)) in zip(reversed(layers), reversed(done), strict=True):
+            backward = backward_in_groups(job, saved, layer.given[rank][3], None)
+            found[rank].append((out, *(yield from on_stream(there.gpus[rank], backward))[:3]))
+            yield
+
+    run(there.there, [host(rank) for rank in range(len(domains))])
+    there.there.drain()
+    return [
+        f"rank {rank}, layer {n}, {name}, {cases[n]!r}"
+        for rank, results in enumerate(found)
+        for n, result in enumerate(reversed(results))
+        for name, a, b in zip(("out", "dq", "dk", "dv"), result, layers[n].expected[rank], strict=True)
+        if not torch.allclose(a, b, rtol=1e-9, atol=1e-9)
+    ]
+
+
+def a_model(seed: int) -> tuple[list[Case], list[Domain]]:
+    """Layers of one double ring, over hosts of several inner groups or of one."""
+    choice = random.Random(seed)
+    world, inner = choice.choice([(4, 2), (6, 2), (6, 3)])
+    drawn = (draw(choice.randrange(1 << 30), worlds=(world,)) for _ in range(3))
+    changes: dict[str, Any] = {"schedule": "double_ring", "ulysses": 1, "inner": inner, "trim": True, "transport": "auto"}
+    changes |= {"dtype": "float64", "head_groups": 0, "dlse": False, "backend": "auto"}
+    cases = [replace(case, pieces=choice.choice((0, 1, 2, 4)), **changes) for case in drawn]
+    schedule = make_schedule("double_ring", world, 1, inner)
+    return cases, [domain_of(rank, [str(r // inner) for r in range(world)], schedule) for rank in range(world)]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_layers_one_after_the_other_over_several_domains(seed: int) -> None:
+    assert layers_in_any_order(*a_model(seed), seed) == []
+
+
+def test_layers_show_a_buffer_that_is_taken_too_early() -> None:
+    assert any(shows(layers_in_any_order, *a_model(seed), seed, RelaysNeverWaitForReaders) for seed in range(20))

@@ -23,7 +23,7 @@ class Domain(NamedTuple):
 
     members: tuple[int, ...]
     trouble: str = ""
-    """Why a schedule's ranks are not to be divided into domains, on some rank of the group; empty if they are."""
+    """Why the ranks of the group are not to be divided so, the same on all of them; empty if they are."""
 
 
 def domain_of(rank: int, hosts: Sequence[str], schedule: Schedule) -> Domain:
@@ -37,7 +37,7 @@ def domain_of(rank: int, hosts: Sequence[str], schedule: Schedule) -> Domain:
     if torn := next((group for group in groups if len({hosts[r] for r in group}) > 1), None):
         return Domain((rank,), f"ranks {torn[0]} to {torn[-1]} exchange heads or are an inner group, but are not on one host")
     mine = groups[rank // size] if schedule.inner > 1 else [r for r, host in enumerate(hosts) if host == hosts[rank]]
-    alone = size == 1 and len(set(hosts)) == len(hosts)
+    alone = size == 1 and 1 < len(hosts) == len(set(hosts))
     return Domain(tuple(mine), "every rank is on a host of its own" if alone else "")
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import Store, _get_default_store, default_pg_timeout
+from torch.distributed.distributed_c10d import Store, _get_default_store, _world, default_pg_timeout
 
 from ringflash.parallel.plan import Plan
 from ringflash.parallel.transport import Label, Message, Pending, Several, Transport, TransportError
@@ -29,32 +29,60 @@ _near: WeakKeyDictionary[Store, dict[tuple[int, ...], dist.ProcessGroup]] = Weak
 """By ranks."""
 
 
-def near_group(group: dist.ProcessGroup, members: Sequence[int]) -> dist.ProcessGroup:
-    """The group of some ranks of a group, for nothing but its members to find each other. These must call it together."""
-    ranks = dist.get_process_group_ranks(group)
-    some = tuple(ranks[m] for m in members)
-    if len(some) == len(ranks):
+def groups_joined() -> int:
+    """In how many process groups this rank is. torch names a new one that only its members make by this number and the ranks:
+    where it differs between members, they look for each other under different names."""
+    return len(_world.pg_names)
+
+
+def has_near_group(group: dist.ProcessGroup, members: Sequence[int]) -> bool:
+    """Whether ``near_group`` need not make one."""
+    some = _global_ranks(group, members)
+    return len(some) == dist.get_world_size(group) or some in _near.get(_get_default_store(), {})
+
+
+def near_group(group: dist.ProcessGroup, members: Sequence[int], again: bool = False) -> dist.ProcessGroup:
+    """The group of some ranks of a group, for nothing but its members to find each other. These must call it together.
+
+    again: whether to make it even if there is one, so that all ranks of ``group`` go on being in as many groups as before.
+    """
+    some = _global_ranks(group, members)
+    if len(some) == dist.get_world_size(group):
         return group
     made = _near.setdefault(_get_default_store(), {})
-    if some not in made:
+    if again or some not in made:
         made[some] = _new_group(some, dist.get_backend_config(group))
     return made[some]
 
 
-def far_groups(group: dist.ProcessGroup, device: torch.device, timeout_s: float) -> FarGroups:
-    """For chunks and for gradients another group of the same ranks each, with connections of its own. All of them must call it
-    together. Made once for the same ranks and timeout: every context has the same use for them, and NCCL holds memory for each.
-    After a timeout gloo's connections are closed; a context with another timeout gets new ones."""
+def _global_ranks(group: dist.ProcessGroup, members: Sequence[int]) -> tuple[int, ...]:
     ranks = dist.get_process_group_ranks(group)
-    # By name, since the default would be the backends of the default group, whatever this one's are.
-    backend = dist.get_backend_config(group)
-    made, key = _far.setdefault(_get_default_store(), {}), (tuple(ranks), backend, device, timeout_s)
+    return tuple(ranks[m] for m in members)
+
+
+def far_groups(group: dist.ProcessGroup, device: torch.device, timeout_s: float) -> FarGroups:
+    """For chunks and for gradients further groups of the same ranks, with connections of their own: two each for NCCL, towards
+    higher ranks and lower ones. All ranks must call it together. Made once for the same ranks and timeout: every context has the
+    same use for them, and NCCL holds memory for each. After a timeout gloo's connections are closed; a context with another
+    timeout gets new ones."""
+    made, key = _far.setdefault(_get_default_store(), {}), _key(group, device, timeout_s)
     if key not in made:
+        ranks, backend, *_ = key
         made[key] = _new_groups(ranks, backend, device)
     return made[key]
 
 
-def _new_groups(ranks: list[int], backend: str, device: torch.device) -> FarGroups:
+def has_far_groups(group: dist.ProcessGroup, device: torch.device, timeout_s: float) -> bool:
+    """Whether ``far_groups`` need not make any."""
+    return _key(group, device, timeout_s) in _far.get(_get_default_store(), {})
+
+
+def _key(group: dist.ProcessGroup, device: torch.device, timeout_s: float) -> tuple[tuple[int, ...], str, torch.device, float]:
+    # The backend by name, since the default would be the backends of the default group, whatever this one's are.
+    return tuple(dist.get_process_group_ranks(group)), dist.get_backend_config(group), device, timeout_s
+
+
+def _new_groups(ranks: Sequence[int], backend: str, device: torch.device) -> FarGroups:
     found = {}
     for what in ("chunks", "gradients"):
         nccl = "nccl" in backend
@@ -112,7 +140,7 @@ class P2P(Transport):
         group: dist.ProcessGroup,
         timeout_s: float,
         ask: Callable[[int], str] = lambda peer: "",
-        far: Mapping[str, tuple[dist.ProcessGroup, dist.ProcessGroup]] | None = None,
+        far: FarGroups | None = None,
     ) -> None:
         self.group, self.timeout_s, self.ask = group, timeout_s, ask
         self.far = far or {}

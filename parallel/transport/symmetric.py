@@ -59,8 +59,8 @@ TOGETHER_BYTES = 4 << 20
 instead of two for each. Above, each is fetched as soon as its owner is ready. (Not tuned.)"""
 KINDS = ("chunks", "gradients", "heads")
 RELAYS = "relays"
-MOST_RELAYS = 64
-"""Buffers for what is passed on, at most."""
+MOST_RELAYS = 1024
+"""Buffers for what is passed on, at most: there are two flags for each and reader. A plan of its own making needs three."""
 READY, BUSY = 0, 1
 
 
@@ -120,9 +120,11 @@ class Cuda:
         self.whole = whole or group
 
     def share(self, size: int) -> Shared:
-        """Zeroed bytes that all ranks map. All ranks must call it together, with the same size, and have no work under way."""
+        """Zeroed bytes that all ranks of the group map. All of ``whole`` must call it together, those of a group with the same
+        size, and have no work under way. Nobody reads a rank alone: it gets next to nothing."""
         # Step by step, so that nobody goes to the rendezvous where somebody is missing.
-        memory = self._met(lambda: symmetric_memory.empty(size, dtype=torch.uint8, device=self.device).zero_())
+        n = size if self.world > 1 else 1
+        memory = self._met(lambda: symmetric_memory.empty(n, dtype=torch.uint8, device=self.device).zero_())
         handle = self._met(lambda: symmetric_memory.rendezvous(memory, self.group) if self.world > 1 else None)
         addresses = [memory.data_ptr()] if handle is None else handle.buffer_ptrs
         return Shared(memory, tuple(map(int, addresses)), handle)
@@ -169,9 +171,8 @@ class Cuda:
         return (ctypes.c_uint64 * len(words))(*words)
 
     def issue(self, stream: torch.cuda.Stream, packed: Any) -> None:
-        """The stream does the operations, in order. The driver takes no empty list, which a rank alone in its domain has."""
-        if len(packed):
-            _checked("cuStreamBatchMemOp", _driver().cuStreamBatchMemOp_v2(stream.cuda_stream, len(packed) // 6, packed, 0))
+        """The stream does the operations, in order."""
+        _checked("cuStreamBatchMemOp", _driver().cuStreamBatchMemOp_v2(stream.cuda_stream, len(packed) // 6, packed, 0))
 
     def copy(self, stream: torch.cuda.Stream, target: Tensor, source: int) -> None:
         """The stream fills a contiguous tensor from an address, by a copy engine."""
@@ -264,8 +265,8 @@ class Symmetric(Transport):
         lane, size, count = self.lanes[what], -(-nbytes // 1024) * 1024, BUFFERS
         if what == RELAYS and (count := relay_buffers(plan)) > MOST_RELAYS:
             raise ValueError(
-                f"a double ring passes on {count} pieces at a time, transport {self.name!r} {MOST_RELAYS} at most: "
-                'use fewer pieces, or transport="p2p"'
+                f"a double ring of so many pieces needs {count} buffers for what it passes on, and symmetric memory has at most "
+                f'{MOST_RELAYS}: use fewer pieces, or transport="p2p"'
             )
         lane.passes += 1
         if size and (size > lane.size or count > lane.count):  # the same on all ranks: it follows from the plan alone
@@ -298,8 +299,8 @@ class Symmetric(Transport):
         n = dtype.itemsize
         for size in shape:
             n *= size
-        # No rows, heads or batch: nobody will read it. Nor what goes far.
-        if n == 0 or label.far:
+        # No rows, heads or batch: nobody will read it. Nor what goes far, nor what is of a rank alone.
+        if n == 0 or label.far or not self.others:
             return torch.empty(shape, dtype=dtype, device=device)
         lane, index = self._buffer(label.what, label.step)
         assert lane.shared is not None and n <= lane.size, (label, shape, lane.size)
