@@ -41,10 +41,10 @@ def far_groups_of_some_contexts(rank: int) -> tuple[bool, bool, list[list[int]],
     other = ContextParallel(None, "zigzag", "double_ring", inner=2, transport="p2p", timeout_s=31.0).transport(CPU)
     assert isinstance(other, P2P) and other.far["chunks"] is not first["chunks"], "what timed out once is not used again"
     same = all(a[what] is b[what] for a, b in ((half, again), (first, second)) for what in ("chunks", "gradients"))
-    apart = len({id(group) for far in (half, first) for group, _ in far.values()}) == 4
+    apart = len({id(group) for far in (half, first) for group in far.values()}) == 4
     total = torch.ones(1)
-    dist.all_reduce(total, group=again["gradients"][0])
-    return same, apart, [dist.get_process_group_ranks(far["chunks"][0]) for far in (half, first)], float(total)
+    dist.all_reduce(total, group=again["gradients"])
+    return same, apart, [dist.get_process_group_ranks(far["chunks"]) for far in (half, first)], float(total)
 
 
 def test_contexts_of_the_same_ranks_share_their_far_groups(ranks: Ranks) -> None:
@@ -88,7 +88,7 @@ def test_kernels_leave_multiprocessors_to_slow_lanes_of_nccl_only(monkeypatch: p
     monkeypatch.setattr("torch.distributed.get_rank", lambda _: 0)
     for backend, lanes in (("nccl", 1), ("cpu:gloo,cuda:nccl", 1), ("gloo", 0)):
         monkeypatch.setattr("torch.distributed.get_backend_config", lambda _, backend=backend: backend)
-        far = P2P(group, 1.0, far={"chunks": (group, group), "gradients": (group, group)})
+        far = P2P(group, 1.0, far={"chunks": group, "gradients": group})
         assert far.multiprocessors(plan) == lanes * FAR_CTAS
         assert far.multiprocessors(plan.backward()) == 2 * lanes * FAR_CTAS
         assert P2P(group, 1.0).multiprocessors(plan) == 0
