@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -65,30 +66,17 @@ class Sharding:
             return self.layout
         return make_layout(self.layout, seqlen, self.world, self.mask)
 
-    def schedule_of(self, seqlen: int, rows: int = STAGE_TOKENS, trades: bool = False) -> Schedule:
-        """The schedule for a sequence of this length; decides what "auto" means: stages of so many rows, or (``trades``) heads
-        for sequence."""
-        if trades:
-            return make_schedule("ulysses", self.world)
+    def schedule_of(self, seqlen: int, rows: int = STAGE_TOKENS) -> Schedule:
+        """The schedule for a sequence of this length; decides what "auto" means: stages of so many rows."""
         ulysses = max(self.ulysses, 1)
         spec = Schedule("staged", ulysses=ulysses, rows=rows) if self.schedule == "auto" else self.schedule
         return make_schedule(spec, self.world, ulysses, self.inner)
 
-    def plan(
-        self,
-        rank: int,
-        mask: Mask,
-        q_len: int,
-        k_len: int,
-        heads: int,
-        kv_heads: int,
-        rows: int = STAGE_TOKENS,
-        trades: bool = False,
-    ) -> Plan:
-        """The plan of one rank for global lengths and head counts. Cached. rows, trades: for ``schedule_of``."""
+    def plan(self, rank: int, mask: Mask, q_len: int, k_len: int, heads: int, kv_heads: int, rows: int = STAGE_TOKENS) -> Plan:
+        """The plan of one rank for global lengths and head counts. Cached. rows: for ``schedule_of``."""
         q_layout = self.layout_of(q_len)
         k_layout = q_layout if k_len == q_len else self.layout_of(k_len)
-        schedule = self.schedule_of(k_len, rows, trades)
+        schedule = self.schedule_of(k_len, rows)
         return make_plan(PlanKey(mask, q_layout, k_layout, schedule, heads, kv_heads, rank, self.trim, self.max_gap))
 
     def trading(self, plan: Plan, head_dim: int, head_dim_v: int, dtype_bytes: int, takes_delta: bool = True) -> Plan | None:
@@ -104,8 +92,7 @@ class Sharding:
         auto = self.schedule == "auto" and self.ulysses == 1 and self.memory_budget is None
         if not auto or self.world == 1 or key.heads != key.kv_heads or key.kv_heads % self.world:
             return None
-        whose = key.rank, key.mask, key.q_layout.seqlen, key.k_layout.seqlen, key.heads, key.kv_heads
-        traded = self.plan(*whose, trades=True)
+        traded = make_plan(replace(key, schedule=make_schedule("ulysses", self.world)))
         dims = head_dim, head_dim_v, dtype_bytes
         fewer = exchange_bytes(traded, *dims) < ring_bytes(plan, *dims, takes_delta)
         return traded if traded.key.groups > 1 and fewer else None
@@ -245,12 +232,11 @@ class ContextParallel(Sharding):
             )
         if transport == "allgather" and plain.pieces > 1:
             raise ValueError(f'transport "allgather" moves whole chunks, not {plain.pieces} pieces of them: leave pieces out')
-        self.relays = plain.inner > 1
+        self.plain = plain  # "auto" as a ring
         if transport == "symmetric" and self.relays:
             raise ValueError(
                 'transport "symmetric" has no slow links, as a double_ring has: use transport="domains", or another schedule'
             )
-        self.exchanging = plain
         self.transport_name = transport
         self.trim = self.transport_name != "allgather"  # which sends everybody the same
         self.timeout_s = float(env.timeout_s() if timeout_s is None else timeout_s)
@@ -261,6 +247,11 @@ class ContextParallel(Sharding):
         self.jobs: dict[Any, Any] = {}  # the same by the arguments as they were given, for a quick look-up
         self._transports: dict[torch.device, Transport] = {}
         self._why: dict[torch.device, str] = {}
+
+    @property
+    def relays(self) -> bool:
+        """Whether ranks pass on what they got."""
+        return self.plain.inner > 1
 
     def transport(self, device: torch.device) -> Transport:
         """The transport for tensors of a device. Raises ValueError on every rank if the named one cannot work on one of them."""
@@ -327,7 +318,7 @@ class ContextParallel(Sharding):
         said = self.agreement.gather({"host": env.host(), "groups": str(groups_joined())})
         hosts = [said[rank]["host"] for rank in range(self.world)]
         apart = name == "domains" or (name == "auto" and (self.relays or len(set(hosts)) > 1))
-        domain = domain_of(self.rank, hosts, self.exchanging) if apart else _one_domain(hosts)
+        domain = domain_of(self.rank, hosts, self.plain) if apart else _one_domain(hosts)
         try:
             if trouble := domain.trouble or (_uneven(said) if apart else ""):  # all ranks know it
                 raise NotSharedError(trouble)

@@ -503,7 +503,6 @@ def traffic(plan: Plan, travels: str, head_dim: int, head_dim_v: int, dtype_byte
     return Traffic(world.rows_moved * (row.out + row.home), world.busiest)
 
 
-@lru_cache(maxsize=512)
 def ring_bytes(plan: Plan, head_dim: int, head_dim_v: int, dtype_bytes: int, takes_delta: bool) -> int:
     """Bytes that all ranks receive in a forward and a backward pass of a ring."""
     forward = world_of(replace(plan.key, rank=0)).rows_moved * row_bytes(plan, "kv", head_dim, head_dim_v, dtype_bytes).out

@@ -166,7 +166,7 @@ def _prepare(call: Call, cp: ContextParallel, lengths: tuple[int, int]) -> tuple
         kernel = kernel_for(call, plan)
         dims = call.q_shape[3], call.v_shape[3], call.dtype.itemsize
         traded = cp.trading(plan, *dims, kernel.extras.delta) if call.needs_grad else None
-        trading = None if traded is None else kernel_for(call, traded)
+        shared = None if traded is None else (traded, kernel_for(call, traded))
         if cp.memory_budget is not None:
             affordable = cp.affordable(demand(call, kernel, cp.may_share_memory(call.device)), *whose)
     except Exception as error:  # whatever it is, the other ranks must not wait for this one
@@ -175,13 +175,13 @@ def _prepare(call: Call, cp: ContextParallel, lengths: tuple[int, int]) -> tuple
     whole = "needed rows" if cp.trim else "whole chunks"
     facts = _facts(call, plan, kernel, f"{cp.transport_name}, {whole}, gaps up to {cp.max_gap} rows")
     facts["memory_budget"] = str(cp.memory_budget)
-    facts["schedule over symmetric memory"] = str((traded or plan).key.schedule)
+    facts["schedule over symmetric memory"] = facts["schedule"] if shared is None else str(shared[0].key.schedule)
     if cp.relays:  # its lanes over slow links are made once for each timeout, by all ranks together
         facts["timeout_s"] = str(cp.timeout_s)
     cp.agreement.agree(facts)
     # After the handshake: to make a transport takes all ranks, and they must not wait there for one that refuses.
-    if traded is not None and trading is not None and cp.transport(call.device).name == "symmetric":
-        plan, kernel = traded, trading
+    if shared is not None and cp.transport(call.device).name == "symmetric":
+        plan, kernel = shared
         facts["schedule"] = facts["schedule over symmetric memory"]
     groups = plan.key.groups
     if cp.memory_budget is not None:  # the ranks' choices mean the same only now

@@ -271,8 +271,8 @@ def test_auto_shares_memory_inside_hosts_and_inner_groups(
     for (name, why, read), members in zip(
         ranks(4).run(make_transport_on_hosts, hosts, schedule, "auto", **options), domains, strict=True
     ):
-        # A rank alone asks for no rendezvous.
-        assert name == "domains" and (len(read) == 1 or read == tuple(map(int, members))), (name, why, read)
+        assert name == "domains" and len(read) == len(members), (name, why, read)
+        assert len(read) == 1 or read == tuple(map(int, members)), "a rank alone asks for no rendezvous"
         assert why == f"auto: {len(members)} of 4 ranks read each other"
 
 

@@ -14,9 +14,23 @@ import pytest
 
 from ringflash.mask import Dilated, Mask
 from ringflash.parallel import world as world_module
+from ringflash.parallel.heads import block_bytes
 from ringflash.parallel.layout import Layout, make_layout
 from ringflash.parallel.lower import Ranges
-from ringflash.parallel.plan import LOCAL_FIRST, Plan, Step, Transfer, head_shares, make_plan, plans, row_bytes, traffic
+from ringflash.parallel.memory import Shape, traded_tensors
+from ringflash.parallel.plan import (
+    LOCAL_FIRST,
+    Plan,
+    Step,
+    Transfer,
+    exchange_bytes,
+    head_shares,
+    make_plan,
+    plans,
+    ring_bytes,
+    row_bytes,
+    traffic,
+)
 from ringflash.parallel.schedule import Schedule, make_schedule
 from ringflash.parallel.world import PlanKey
 from ringflash.simulated import SimulatedWorld
@@ -617,3 +631,32 @@ def test_traded_heads_go_in_as_many_groups_as_leave_each_rank_enough(
 def test_groups_that_do_not_fit_are_refused(groups: int, heads: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SimulatedWorld(4, "zigzag", f"ulysses:{groups}").plan(0, Mask.causal(), 64, 64, heads, 8)
+
+
+@pytest.mark.parametrize(("world", "q_len", "k_len"), [(2, 64, 64), (4, 61, 61), (4, 13, 70)])
+def test_bytes_of_an_exchange_are_those_of_its_blocks(world: int, q_len: int, k_len: int) -> None:
+    shape = Shape(1, 8, 16, 2)
+    plan = SimulatedWorld(world, "zigzag", "ulysses").plan(0, Mask.full(), q_len, k_len, 8, 8)
+    found = sum(
+        block_bytes(plan, entering, source, dest, what)
+        for backward in (False, True)
+        for entering in (True, False)
+        for what in traded_tensors(plan, shape, entering, backward)
+        for source in range(world)
+        for dest in range(world)
+        if source != dest
+    )
+    assert exchange_bytes(plan, shape.head_dim, shape.head_dim_v, shape.dtype_bytes) == found
+
+
+@pytest.mark.parametrize("takes_delta", [True, False])
+@pytest.mark.parametrize("kv_heads", [2, 8])
+def test_bytes_of_a_ring_are_those_of_its_transfers(kv_heads: int, takes_delta: bool) -> None:
+    world, found = SimulatedWorld(4, "zigzag", "ring"), 0
+    dims = 8, 16, 2
+    for rank in range(4):
+        there = world.plan(rank, Mask.causal(), 61, 61, 8, kv_heads)
+        back = there.backward(*dims, takes_delta)
+        row = row_bytes(back, back.key.travels, *dims)
+        found += there.rows_received() * row_bytes(there, "kv", *dims).out + back.rows_received() * (row.out + row.home)
+    assert ring_bytes(there, *dims, takes_delta) == found

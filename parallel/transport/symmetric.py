@@ -57,8 +57,9 @@ BUFFERS = 2
 TOGETHER_BYTES = 4 << 20
 """Up to here the chunks of one post are fetched once all their owners are ready, and given back together: two calls of the driver
 instead of two for each. Above, each is fetched as soon as its owner is ready. (Not tuned.)"""
-KINDS = ("chunks", "gradients", "heads")
 RELAYS = "relays"
+KINDS = ("chunks", "gradients", "heads", RELAYS)
+"""In the order of their flags; the last may have more buffers than the others."""
 MOST_RELAYS = 1024
 """Buffers for what is passed on, at most: there are two flags for each and reader. A plan of its own making needs three."""
 READY, BUSY = 0, 1
@@ -195,7 +196,7 @@ class _Lane:
     signals: Any
     size: int = 0
     """Bytes of one buffer."""
-    count: int = BUFFERS
+    count: int = 0
     """Of them."""
     turns: Sequence[int] = ()
     """By step: whose turn it is, where buffers alternate inside a pass."""
@@ -231,10 +232,9 @@ class Symmetric(Transport):
         self.place = {member: i for i, member in enumerate(members)}
         self.rank = members[gpu.rank]
         self.others = tuple(p for p in members if p != self.rank)
-        self.flags = gpu.share((len(KINDS) * BUFFERS + MOST_RELAYS) * 2 * self.world * 4)
-        self.lanes = {kind: _Lane(kind, gpu.stream(n), gpu.stream(n)) for n, kind in enumerate(KINDS, start=1)}
-        chunks = self.lanes["chunks"]
-        self.lanes[RELAYS] = _Lane(RELAYS, chunks.copies, chunks.signals, count=0)
+        self.flags = gpu.share((KINDS.index(RELAYS) * BUFFERS + MOST_RELAYS) * 2 * self.world * 4)
+        streams = {kind: (gpu.stream(n), gpu.stream(n)) for n, kind in enumerate(KINDS[:-1], start=1)}
+        self.lanes = {kind: _Lane(kind, *streams.get(kind, streams["chunks"])) for kind in KINDS}
         self.kept: list[Shared] = []
 
     @classmethod
@@ -258,7 +258,7 @@ class Symmetric(Transport):
 
     def _flag(self, at: int, kind: str, index: int, flag: int, peer: int) -> int:
         """Address, on rank ``at``, of its flag about ``peer``."""
-        buffer = index + BUFFERS * (len(KINDS) if kind == RELAYS else KINDS.index(kind))
+        buffer = KINDS.index(kind) * BUFFERS + index
         return self.flags.addresses[self.place[at]] + 4 * ((buffer * 2 + flag) * self.world + self.place[peer])
 
     def open(self, what: str, plan: Plan, nbytes: int) -> None:
@@ -269,7 +269,7 @@ class Symmetric(Transport):
                 f'{MOST_RELAYS}: use fewer pieces, or transport="p2p"'
             )
         lane.passes += 1
-        if size and (size > lane.size or count > lane.count):  # the same on all ranks: it follows from the plan alone
+        if size * count and (size > lane.size or count > lane.count):  # the same on all ranks: it follows from the plan alone
             self._make(lane, max(size, lane.size), max(count, lane.count))
         lane.captured |= self.gpu.capturing()
         lane.reads, lane.turns = _reads(plan, what), _turns(plan, what)

@@ -7,6 +7,7 @@ from ringflash.testing.oracle import Inputs, Results, dense_attention, dense_res
 from ringflash.testing.rank_pool import Outcome, RankError, RankPool, gpu_places
 from ringflash.testing.runs import objections_on_ranks, objections_simulated, simulate
 from ringflash.testing.tolerance import FLOAT64_TOLERANCE, Judge, relative_error
+from ringflash.testing.waits import steady_waits
 
 __all__ = [
     "FLOAT64_TOLERANCE",
@@ -29,5 +30,6 @@ __all__ = [
     "relative_error",
     "simulate",
     "spread",
+    "steady_waits",
     "visibility",
 ]

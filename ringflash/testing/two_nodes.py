@@ -39,7 +39,7 @@ def shaped_link(bits_per_s: int) -> Iterator[tuple[str, str]]:
     """
     names = f"ringflash{os.getpid()}a", f"ringflash{os.getpid()}b"
     # What is let through at once, and what a socket has under way at a time: a ms of the link, and half of one, since NCCL has a
-    # dozen of them. With more the queue grows faster than TCP learns of it: it sends again, and whatever comes next is late.
+    # dozen of them. With more, whatever is sent next waits behind tens of ms of the link.
     burst = max(64 << 10, bits_per_s // 8 // 1000)
     most = max(256 << 10, bits_per_s // 8 // 2000)
     try:

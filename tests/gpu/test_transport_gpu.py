@@ -23,7 +23,7 @@ from ringflash.kernels import Problem, choose, hopper_backward
 from ringflash.parallel.memory import Demand, Shape, extra_bytes, symmetric_bytes, tensor_bytes
 from ringflash.parallel.transport import Cargo, Label, Message, Transport
 from ringflash.simulated import SimulatedWorld
-from ringflash.testing import Case, Results, draw, make_inputs, spread
+from ringflash.testing import Case, Results, draw, make_inputs, spread, steady_waits
 from ringflash.testing.runs import judge_of, simulate
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("cuda")]
@@ -207,15 +207,7 @@ def test_nothing_waits_for_the_device_in_the_steady_state() -> None:
         out = attention(*leaves, mask=Mask.causal())
         torch.autograd.grad(out, leaves, torch.ones_like(out))
 
-    run()
-    run()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        run()
-        run()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    assert steady_waits(run) == ""
 
 
 # ---- memory --------------------------------------------------------------------------------------------------------------------

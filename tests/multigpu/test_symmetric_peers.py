@@ -22,7 +22,7 @@ from ringflash.parallel.memory import Demand, Shape, extra_bytes, symmetric_byte
 from ringflash.parallel.schedule import Schedule, make_schedule
 from ringflash.parallel.transport import Label
 from ringflash.parallel.transport.symmetric import Cuda, Op, Symmetric
-from ringflash.testing import RankPool, gpu_places
+from ringflash.testing import RankPool, gpu_places, steady_waits
 
 PLACES = gpu_places()
 
@@ -300,18 +300,7 @@ def steady(rank: int, transport: str, schedule: str) -> str:
         out = attention(*given, mask=Mask.causal(), cp=cp)
         torch.autograd.grad(out, given, out.detach())
 
-    run()
-    run()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        run()
-        run()
-    except RuntimeError as error:
-        return str(error)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    return ""
+    return steady_waits(run)
 
 
 @pytest.mark.parametrize("transport", ["symmetric", "p2p"])

@@ -18,7 +18,7 @@ from ringflash import ContextParallel, Mask, attention, env
 from ringflash.parallel.memory import Demand, Shape, extra_bytes, symmetric_bytes, tensor_bytes
 from ringflash.parallel.schedule import Schedule
 from ringflash.parallel.transport.domains import Domains
-from ringflash.testing import RankPool, gpu_places
+from ringflash.testing import RankPool, gpu_places, steady_waits
 
 GPUS = torch.cuda.device_count()
 
@@ -125,18 +125,7 @@ def steady(rank: int) -> str:
         out = attention(q, k, v, mask=Mask.causal(), cp=cp)
         torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
 
-    run()
-    run()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        run()
-        run()
-    except RuntimeError as error:
-        return str(error)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    return ""
+    return steady_waits(run)
 
 
 def test_nothing_waits_for_the_device_in_the_steady_state(hosts: RankPool) -> None:
@@ -173,6 +162,7 @@ def held(rank: int) -> tuple[int, int, int, int]:
 
 def test_memory_is_what_the_formula_says(hosts: RankPool) -> None:
     for found, peak, symmetric, told in hosts.run(held):
+        # 4 %: less than 1 MiB for each of the ten or so large tensors that live at the peak, as in test_symmetric_peers.py
         assert 0.96 * peak < found < 1.04 * peak and symmetric == told, (found, peak, symmetric, told)
 
 
