@@ -17,7 +17,7 @@ import torch
 
 from ringflash.parallel.context import TRANSPORTS
 from ringflash.parallel.layout import read_kind
-from ringflash.parallel.schedule import make_schedule
+from ringflash.parallel.schedule import make_schedule, read_schedule
 
 
 def _option(default: Any, meaning: str) -> Any:
@@ -193,14 +193,18 @@ def check(config: TrainConfig) -> None:
         read_kind(parallel.layout)
     except ValueError as error:
         raise ValueError(f"parallel.layout={parallel.layout!r} is not possible: {error}.") from None
-    if parallel.schedule == "double_ring":
+    try:
+        double = read_schedule(parallel.schedule)[0] == "double_ring"
+    except ValueError as error:
+        raise ValueError(f"parallel.schedule={parallel.schedule!r} is not possible: {error}.") from None
+    if double:
         _require(parallel.inner >= 1, "parallel.inner", config, "the ranks of one fast-linked group for double_ring, at least 1")
     else:
         _require(parallel.inner <= 1, "parallel.inner", config, f"0 for parallel.schedule={parallel.schedule}")
     if parallel.transport in ("symmetric", "domains"):
         _require(config.machine.device == "cuda", "parallel.transport", config, "another one with machine=cpu")
     if parallel.transport == "symmetric":
-        _require(parallel.schedule != "double_ring", "parallel.transport", config, "domains, or another one, with double_ring")
+        _require(not double, "parallel.transport", config, "domains, or another one, with double_ring")
     if parallel.transport == "allgather":
         plain = parallel.schedule == "allgather" and parallel.ulysses == 1
         _require(plain, "parallel.transport", config, "another one unless parallel.schedule=allgather parallel.ulysses=1")

@@ -20,7 +20,7 @@ from ringflash.parallel.agree import Agreement
 from ringflash.parallel.layout import Layout, make_layout, read_kind
 from ringflash.parallel.memory import Demand, Frugality, extra_bytes, frugalities, lean_bytes
 from ringflash.parallel.plan import Plan, exchange_bytes, make_plan, ring_bytes
-from ringflash.parallel.schedule import Schedule, make_schedule
+from ringflash.parallel.schedule import Schedule, make_schedule, read_schedule
 from ringflash.parallel.transport import Transport
 from ringflash.parallel.transport.allgather import AllGather
 from ringflash.parallel.transport.alltoall import AllToAll
@@ -164,7 +164,7 @@ class ContextParallel(Sharding):
     schedule   "auto" (a ring in stages, or for training "ulysses" where that is faster: `trading`), "ring", "allgather",
                "staged:K" (K chunks a stage), "ulysses" or "ulysses:K" (heads in K groups, one exchanged while another is
                computed; by default two, where sequences are long and ranks have an even number of key heads), "hybrid",
-               "double_ring", or a Schedule.
+               "double_ring" or "double_ring:K" (chunks in K pieces), or a Schedule.
     ulysses    ranks that trade heads for sequence (for "hybrid"); neighbours in the group.
     inner      ranks of one fast-linked group (for "double_ring"); neighbours in the group.
     transport  "auto", "p2p", "alltoall", "allgather" (with schedule "allgather" only), "symmetric" (CUDA, all ranks in one NVLink
@@ -201,7 +201,7 @@ class ContextParallel(Sharding):
         if isinstance(mesh, DeviceMesh):
             if mesh.ndim == 2:
                 size = mesh.size(1)
-                if schedule == "double_ring":
+                if isinstance(schedule, str) and read_schedule(schedule)[0] == "double_ring":
                     inner = size if inner is None else inner
                 elif schedule in ("auto", "hybrid"):
                     ulysses = size if ulysses == 1 else ulysses

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 SCHEDULES = ("auto", "ring", "allgather", "staged", "ulysses", "hybrid", "double_ring")
+NUMBERED = {"staged": "K chunks a stage", "ulysses": "heads in K groups", "double_ring": "chunks in K pieces"}
+"""What the number of a name such as "staged:3" is of."""
 
 
 LOCAL_LAST = 8192
@@ -35,6 +37,7 @@ class Schedule:
     ulysses   ranks that trade heads for sequence before the ring (DeepSpeed Ulysses; with a ring: USP, Fang & Zhao 2024).
     inner     ranks of a fast-linked group (double_ring).
     pieces    in which chunks travel, one after the other, each a step of its own; 0 decides by size (double_ring, else 1).
+              More hide more of slow links, in more and slower kernel calls: see README.md, "Two hosts".
     local_last  in a backward pass a part of the local chunk is computed last, while the last gradients travel home, where chunks
               have at least so many rows.
     head_groups  groups of heads that are traded and computed one after the other, one on its way while another is computed; 0
@@ -75,9 +78,19 @@ class Schedule:
         return f"{self.name}({', '.join(extra)})" if extra else self.name
 
 
+def read_schedule(spec: str) -> tuple[str, int]:
+    """A schedule's name and its number, 0 where none is given: ("staged", 3) of "staged:3". Raises ValueError for other names."""
+    name, colon, number = spec.partition(":")
+    counted = name in NUMBERED and number.isdecimal() and int(number) > 0
+    if name not in SCHEDULES or (colon and not counted):
+        numbered = ", ".join(f"{name}:K ({what})" for name, what in NUMBERED.items())
+        raise ValueError(f"unknown schedule {spec!r}; allowed are {', '.join(SCHEDULES)}, {numbered}, with K at least 1")
+    return name, int(number or 0)
+
+
 def make_schedule(spec: str | Schedule, world: int, ulysses: int = 1, inner: int | None = None) -> Schedule:
-    """The schedule of a name ("ring", "allgather", "staged:3", "ulysses", "ulysses:2", "hybrid", "double_ring", "auto") for a
-    world.
+    """The schedule of a name ("ring", "allgather", "staged:3", "ulysses", "ulysses:2", "hybrid", "double_ring", "double_ring:16",
+    "auto") for a world.
 
     ulysses: degree of the head exchange for "hybrid" (and, if above 1, for any other). inner: group size of "double_ring".
     Raises ValueError for unknown names and for degrees that do not divide the world.
@@ -85,13 +98,7 @@ def make_schedule(spec: str | Schedule, world: int, ulysses: int = 1, inner: int
     if isinstance(spec, Schedule):
         schedule = spec
     else:
-        name, _, argument = spec.partition(":")
-        counted = name in ("staged", "ulysses") and argument.isdigit() and int(argument) > 0
-        if name not in SCHEDULES or (argument and not counted):
-            raise ValueError(
-                f"unknown schedule {spec!r}; allowed are {', '.join(SCHEDULES)}, "
-                '"staged:K" (K chunks a stage), "ulysses:K" (heads in K groups) or a Schedule object'
-            )
+        name, number = read_schedule(spec)
         if name == "ulysses":
             if ulysses not in (1, world):
                 raise ValueError(
@@ -101,18 +108,18 @@ def make_schedule(spec: str | Schedule, world: int, ulysses: int = 1, inner: int
         if name == "hybrid" and not 1 < ulysses < world:
             raise ValueError(f'schedule "hybrid" needs ulysses between 2 and {world - 1}, got {ulysses}')
         rings = world // max(ulysses, 1)
-        if name == "double_ring":
+        double = name == "double_ring"
+        if double:
             if inner is None or not 1 <= inner <= rings:
                 raise ValueError(
                     f'schedule "double_ring" needs inner=, the ranks of one fast-linked group, 1 to {rings}; got {inner}'
                 )
         elif inner not in (None, 1):
             raise ValueError(f'inner={inner} is for schedule "double_ring", got schedule {spec!r}')
-        stage = {"allgather": max(rings - 1, 1), "staged": int(argument or 2)}.get(name, 1)
+        stage = {"allgather": max(rings - 1, 1), "staged": number or 2}.get(name, 1)
         kind = name if name in ("allgather", "staged", "double_ring") else "ring"
-        schedule = Schedule(kind, stage, ulysses, inner if name == "double_ring" and inner else 1)
-        if name == "ulysses" and argument:
-            schedule = replace(schedule, head_groups=int(argument))
+        pieces, groups = number if double else 0, number if name == "ulysses" else 0
+        schedule = Schedule(kind, stage, ulysses, inner if double and inner else 1, pieces=pieces, head_groups=groups)
     if schedule.ulysses < 1 or world % schedule.ulysses:
         raise ValueError(f"ulysses={schedule.ulysses} does not divide the {world} ranks")
     if schedule.inner < 1 or (world // schedule.ulysses) % schedule.inner:

@@ -126,7 +126,7 @@ def _add_plan(commands: Any) -> None:
     how = plan.add_argument_group("how it is cut and moved")
     how.add_argument("--world", type=int, default=8, help="ranks (default 8)")
     how.add_argument("--layout", default="zigzag", help="contiguous, zigzag (default), zigzag:K, striped, balanced")
-    schedules = "auto (default), ring, allgather, staged:K, ulysses[:K], hybrid, double_ring"
+    schedules = "auto (default), ring, allgather, staged:K, ulysses[:K], hybrid, double_ring[:K]"
     how.add_argument("--schedule", default="auto", help=schedules)
     how.add_argument("--ulysses", type=int, default=1, metavar="U", help="ranks that trade heads for sequence (hybrid)")
     how.add_argument("--inner", type=int, metavar="I", help="ranks of a fast-linked group (double_ring)")

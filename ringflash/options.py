@@ -45,14 +45,10 @@ def at_least_one(name: str, value: int) -> int:
 
 
 def schedule_name(text: str) -> str:
-    """The name of a --schedule, possibly with the chunks of a stage or groups of heads."""
-    from ringflash.parallel.schedule import SCHEDULES
+    """The name of a --schedule, possibly with a number. ValueError for others."""
+    from ringflash.parallel.schedule import read_schedule
 
-    if text not in SCHEDULES and not re.fullmatch(r"(staged|ulysses):0*[1-9]\d*", text):
-        raise ValueError(
-            f"unknown schedule {text!r}; allowed are {', '.join(SCHEDULES)}, staged:K (K chunks a stage, at least 1), "
-            "ulysses:K (heads in K groups)"
-        )
+    read_schedule(text)
     return text
 
 

@@ -201,7 +201,7 @@ WRONG = [
     ("plan --seqlen 9 --heads 3 --kv-heads 2", "--heads 3 is no multiple of --kv-heads 2"),
     ("plan --seqlen 9 --heads many", "argument --heads: invalid int value: 'many'"),
     ("plan --seqlen 9 --layout spiral", "unknown layout 'spiral'; allowed are contiguous, zigzag, striped, balanced, zigzag:K"),
-    ("plan --seqlen 9 --schedule rings", "double_ring, staged:K (K chunks a stage, at least 1), ulysses:K (heads in K groups)\n"),
+    ("plan --seqlen 9 --schedule rings", "double_ring, staged:K (K chunks a stage), ulysses:K (heads in K groups), double"),
     ("plan --seqlen 9 --schedule staged:0", "unknown schedule 'staged:0'; allowed are auto, ring, "),
     ("plan --seqlen 0", "--seqlen must be at least 1, got 0"),
     ("plan --documents 0,0", "the sum of the documents' lengths must be at least 1, got 0"),

@@ -481,7 +481,7 @@ def test_gradients_over_slow_links_may_be_half_a_chunk_late(pieces: int, blocks:
 def test_traffic_is_what_backward_plans_move(
     mask: Mask, schedule: Schedule, layout: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(world_module, "BACKWARD_PIECE_ROWS", 4)  # more pieces back than forth
+    monkeypatch.setattr(world_module, "BACKWARD_PIECE_ROWS", 2)  # more pieces back than forth
     world = SimulatedWorld(6, layout, schedule)
     key = world.plan(0, mask, 96, 96, 8, 2).key
     for travels in ("kv", "q"):
@@ -492,7 +492,7 @@ def test_traffic_is_what_backward_plans_move(
 
 
 def test_a_world_too_large_to_know_for_many_pieces_is_known_for_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(world_module, "BACKWARD_PIECE_ROWS", 4)
+    monkeypatch.setattr(world_module, "BACKWARD_PIECE_ROWS", 2)
     layout = make_layout("zigzag", 6 * 32, 6)
     key = PlanKey(Mask.causal(), layout, layout, Schedule("double_ring", inner=2), 8, 2, 0, returns=True)
 
@@ -508,6 +508,30 @@ def test_a_world_too_large_to_know_for_many_pieces_is_known_for_fewer(monkeypatc
     world_module._needs.cache_clear()
     assert found[0] == (8, True) and found[-1] == (8, False)
     assert all(1 <= n < 8 and known for n, known in found[1:-1]), found
+
+
+@pytest.mark.parametrize(
+    ("travels", "kv_heads", "ulysses", "rows"),
+    [
+        ("kv", 32, 1, 2048),
+        ("kv", 8, 1, 2048),
+        ("kv", 6, 1, 2730),
+        ("kv", 4, 1, 4096),
+        ("kv", 1, 1, 4096),
+        ("q", 1, 1, 2048),
+        ("kv", 8, 2, 4096),
+        ("q", 8, 2, 2048),
+        ("kv", 1, 2, 4096),
+    ],
+)
+def test_pieces_of_few_heads_are_longer(travels: str, kv_heads: int, ulysses: int, rows: int) -> None:
+    """A backward call on few keys of few heads has fewer tiles than a GPU multiprocessors."""
+    where = make_layout("zigzag", 65_536, 4 * ulysses)
+    schedule = Schedule("double_ring", inner=2, ulysses=ulysses)
+    heads = {6: 30}.get(kv_heads, 32)
+    key = PlanKey(Mask.causal(), where, where, schedule, heads, kv_heads, 0, travels=travels, returns=True)
+    assert world_module.world_of(key).parts == 16_384 // rows
+    assert world_module.world_of(replace(key, returns=False)).parts == 2
 
 
 def test_both_sides_of_a_slow_link_have_as_many_blocks() -> None:
@@ -574,6 +598,8 @@ def test_plans_are_cached() -> None:
         ("spiral", 4, 1, None, "unknown schedule 'spiral'.*ring"),
         ("staged:0", 4, 1, None, "unknown schedule"),
         ("ring:2", 4, 1, None, "unknown schedule"),
+        ("double_ring:", 4, 1, 2, "unknown schedule.*double_ring:K"),
+        ("double_ring:8", 4, 1, None, "inner="),
         ("ulysses:0", 4, 1, None, "unknown schedule.*ulysses:K"),
         ("ulysses", 4, 2, None, "hybrid"),
         ("hybrid", 4, 1, None, "between 2 and 3"),
@@ -588,6 +614,19 @@ def test_plans_are_cached() -> None:
 def test_a_schedule_that_does_not_fit_is_refused(spec: str, world: int, ulysses: int, inner: int | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_schedule(spec, world, ulysses, inner)
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        ("staged:3", Schedule("staged", 3)),
+        ("ulysses:2", Schedule(ulysses=4, head_groups=2)),
+        ("double_ring:16", Schedule("double_ring", inner=2, pieces=16)),
+        ("double_ring", Schedule("double_ring", inner=2)),
+    ],
+)
+def test_a_number_says_how_many(spec: str, expected: Schedule) -> None:
+    assert make_schedule(spec, 4, inner=2 if "double" in spec else None) == expected
 
 
 @pytest.mark.parametrize(("world", "ulysses", "kv_heads", "rows"), [(4, 1, 8, 32_768), (4, 1, 32, 16_384), (8, 2, 32, 32_768)])
