@@ -7,9 +7,8 @@ sockets: on loopback, whose speed depends on how many lanes and directions are b
 between two network namespaces, over a link that lets so many Gbit/s through each way. No pass can be shorter than its kernels, or
 than the bytes that cross between the hosts over the speed that was measured for them. Causal, zigzag, batch 1, bf16, 32 query
 heads of 128, and 8 or 32 key heads. Inside a host, chunks are pulled through symmetric memory (transport "domains") or sent by
-NCCL ("p2p"); they travel in as many pieces as the schedule takes by itself, or in 16, which is for links as slow as this one; and
-beside the double ring stands a ring. Times are of the slowest rank, medians and the range of all readings, in ms; all are read in
-turn.
+NCCL ("p2p"); they travel in as many pieces as the schedule takes by itself, or in 16, which is for links of some 8 Gbit/s; beside
+the double ring stands a ring. Times are of the slowest rank, medians and the range of all readings, in ms; all are read in turn.
 
 With two GPUs both hosts' ranks share them, and so do the kernels that no pass can be faster than. Meant for --link-gbit: there
 the link is what is slow. Ranks of a GPU take turns of some ms, and what NCCL sends from one GPU to another only moves while both

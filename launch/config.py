@@ -64,7 +64,7 @@ class ParallelConfig:
     layout: str = _option("zigzag", "contiguous | zigzag | zigzag:K | striped | balanced")
     schedule: str = _option("auto", "when keys and values move; see ringflash plan")
     ulysses: int = _option(1, "ranks that exchange heads for sequence inside the context-parallel group")
-    inner: int = _option(0, "ranks of one fast-linked group, for schedule=double_ring; 0 is none")
+    inner: int = _option(0, "ranks of one fast-linked group, for schedule=double_ring or double_ring:K; 0 is none")
     transport: str = _option("auto", "auto | p2p | alltoall | allgather (schedule=allgather only) | symmetric or domains (cuda)")
     dp: int = _option(1, "data-parallel replicas; each has ranks / dp ranks and its own sequences")
     backend: str = _option("auto", "attention kernel; see ringflash env")

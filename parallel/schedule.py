@@ -37,7 +37,7 @@ class Schedule:
     ulysses   ranks that trade heads for sequence before the ring (DeepSpeed Ulysses; with a ring: USP, Fang & Zhao 2024).
     inner     ranks of a fast-linked group (double_ring).
     pieces    in which chunks travel, one after the other, each a step of its own; 0 decides by size (double_ring, else 1).
-              More hide more of slow links, in more and slower kernel calls: see README.md, "Two hosts".
+              More hide more of slow links, in more kernel calls that take longer in all; see BACKWARD_PIECE_ROWS of world.py.
     local_last  in a backward pass a part of the local chunk is computed last, while the last gradients travel home, where chunks
               have at least so many rows.
     head_groups  groups of heads that are traded and computed one after the other, one on its way while another is computed; 0
@@ -80,11 +80,11 @@ class Schedule:
 
 def read_schedule(spec: str) -> tuple[str, int]:
     """A schedule's name and its number, 0 where none is given: ("staged", 3) of "staged:3". Raises ValueError for other names."""
-    name, colon, number = spec.partition(":")
-    counted = name in NUMBERED and number.isdecimal() and int(number) > 0
+    name, colon, number = str(spec).partition(":")
+    counted = name in NUMBERED and number.isascii() and number.isdecimal() and int(number) > 0
     if name not in SCHEDULES or (colon and not counted):
         numbered = ", ".join(f"{name}:K ({what})" for name, what in NUMBERED.items())
-        raise ValueError(f"unknown schedule {spec!r}; allowed are {', '.join(SCHEDULES)}, {numbered}, with K at least 1")
+        raise ValueError(f"unknown schedule {str(spec)!r}; allowed are {', '.join(SCHEDULES)}, {numbered}, with K at least 1")
     return name, int(number or 0)
 
 

@@ -33,12 +33,11 @@ PIECE_ROWS, MOST_PIECES = 8192, 4
 computed. Smaller pieces would only be more kernel calls."""
 
 
-BACKWARD_PIECE_ROWS, BACKWARD_PIECE_HEADS, MOST_BACKWARD_PIECES = 2048, 8, 8
-"""The same for a backward pass, where a piece's gradients cannot leave before the piece has come: the link is idle meanwhile.
-So many rows where so many heads of them travel; of fewer heads up to twice as many rows, else a call has fewer tiles than a GPU
-multiprocessors. 64k tokens over two hosts of two H200 and a link of 8 Gbit/s, 8 and 32 key heads, over the time of the bytes: 4
-pieces 1.14 and 1.10, 8 (so many rows) 1.10 and 1.09, 16 1.06 and 1.06; a rank's kernels take 3 and 5 % longer in 8 pieces than in
-4, and 8 and 12 to 15 % in 16."""
+BACKWARD_PIECE_ROWS, MOST_BACKWARD_PIECES = 2048, 8
+"""The same for a backward pass, where a piece's gradients cannot leave before the piece has come: the link is idle meanwhile. 64k
+tokens over two emulated hosts of two H200, 8 Gbit/s between them, over the time of the bytes, with 8 and 32 key heads: 4 pieces
+1.14 to 1.15 and 1.10 to 1.11, 8 (so many rows) 1.10 to 1.11 and 1.06 to 1.13, 16 1.06 and 1.04 to 1.06. But a rank's kernels take
+2 to 5 % longer in 8 pieces than in 4, the same with few heads, and 6 to 16 % in 16."""
 
 
 KNOWN_UP_TO = 1 << 20
@@ -87,11 +86,6 @@ class PlanKey:
         rows = self.q_layout.seqlen * (self.heads // schedule.ulysses)
         own = self.kv_heads // schedule.ulysses
         return max(n for n in range(1, MOST_GROUPS + 1) if n == 1 or (own % n == 0 and rows // n >= GROUP_ROWS))
-
-    @property
-    def travelling_heads(self) -> int:
-        """Heads of what travels, at the Ulysses member that has fewest of them."""
-        return max((self.heads if self.travels == "q" else self.kv_heads) // self.schedule.ulysses, 1)
 
     def of_one_group(self, groups: int) -> PlanKey:
         """The key of a part of the heads."""
@@ -366,10 +360,7 @@ def world_of(key: PlanKey) -> World:
     timeless = replace(key, schedule=Schedule(ulysses=schedule.ulysses), returns=False)
     parts = schedule.pieces or 1
     if not schedule.pieces and 1 < together < stay.world:
-        rows, most = PIECE_ROWS, MOST_PIECES
-        if key.returns:
-            rows, most = BACKWARD_PIECE_ROWS, MOST_BACKWARD_PIECES
-            rows = min(max(rows, rows * BACKWARD_PIECE_HEADS // key.travelling_heads), 2 * rows)
+        rows, most = (BACKWARD_PIECE_ROWS, MOST_BACKWARD_PIECES) if key.returns else (PIECE_ROWS, MOST_PIECES)
         parts = min(max(max(move.lengths) // rows, 1), most)
         # No more pieces than that it is still known what is needed of them, if it is of whole chunks.
         known = (n for n in range(parts, 0, -1) if _needs(timeless, together, _halved(n, together)).low is not None)

@@ -185,6 +185,11 @@ def test_a_double_ring_says_what_is_a_node(capsys: pytest.CaptureFixture[str]) -
     assert json.loads(said(capsys, *double, "--node", "2"))["link"]["node"] == 2
 
 
+def test_a_double_ring_may_be_told_its_pieces(capsys: pytest.CaptureFixture[str]) -> None:
+    plan = ("plan", "--seqlen", "64k", "--world", "4", "--inner", "2", "--schedule")
+    assert "double_ring(inner=2, pieces=16)" in said(capsys, *plan, "double_ring:16")
+
+
 WRONG = [
     ("plan", "--seqlen is missing"),
     ("plan --seqlen 12x", "--seqlen must be a number of tokens such as 4096, 128k or 1M, got '12x'"),

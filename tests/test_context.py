@@ -54,6 +54,25 @@ def test_contexts_of_the_same_ranks_share_their_far_groups(ranks: Ranks) -> None
         assert total == 2
 
 
+def schedules_over_a_mesh(rank: int, names: list[str]) -> list[Schedule | str]:
+    mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("outer", "inner"))
+    found: list[Schedule | str] = []
+    for name in names:
+        try:
+            found.append(ContextParallel(mesh, "zigzag", name).plain)
+        except ValueError as error:
+            found.append(str(error))
+    return found
+
+
+def test_a_mesh_of_two_axes_says_what_is_inside(ranks: Ranks) -> None:
+    names = ["double_ring", "double_ring:3", "hybrid", "ring"]
+    for *found, refused in ranks(4).run(schedules_over_a_mesh, names):
+        double = Schedule("double_ring", inner=2)
+        assert found == [double, replace(double, pieces=3), Schedule("ring", ulysses=2)]
+        assert "a 2-D mesh is for schedules" in str(refused)
+
+
 def outlived(rank: int, name: str) -> bool:
     """Whether a context lives on after its last user, without the garbage collector's help."""
     handle = SimpleNamespace(buffer_ptrs=[0, 0])

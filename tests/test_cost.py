@@ -266,9 +266,14 @@ def test_the_copies_of_an_exchange_are_not_hidden() -> None:
         assert times.total_s == pytest.approx(times.compute_s + times.enter_s + times.leave_s)
 
 
-def test_groups_without_an_exchange_come_one_after_the_other() -> None:
-    world = SimulatedWorld(3, "zigzag", Schedule("ring", head_groups=2))
-    some = [world.plan(rank, Mask.causal(), 96, 96, 4, 2) for rank in range(3)]
+@pytest.mark.parametrize(
+    ("ranks", "schedule", "seqlen"),
+    [(3, Schedule("ring", head_groups=2), 96), (4, Schedule("double_ring", inner=2, head_groups=2), 32_768)],
+    ids=str,
+)
+def test_groups_without_an_exchange_come_one_after_the_other(ranks: int, schedule: Schedule, seqlen: int) -> None:
+    world = SimulatedWorld(ranks, "zigzag", schedule)
+    some = [world.plan(rank, Mask.causal(), seqlen, seqlen, 4, 2) for rank in range(ranks)]
     other = [make_plan(plan.key.of_one_group(2)) for plan in some]
     for whole, part in zip(*(predict_all(of, DEVICE, LINK, Shape(1, 16, 16, 2)) for of in (some, other)), strict=True):
         assert whole.forward.total_s == pytest.approx(2 * part.forward.total_s)

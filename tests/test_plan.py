@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -481,7 +482,7 @@ def test_gradients_over_slow_links_may_be_half_a_chunk_late(pieces: int, blocks:
 def test_traffic_is_what_backward_plans_move(
     mask: Mask, schedule: Schedule, layout: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(world_module, "BACKWARD_PIECE_ROWS", 2)  # more pieces back than forth
+    monkeypatch.setattr(world_module, "BACKWARD_PIECE_ROWS", 4)  # more pieces back than forth
     world = SimulatedWorld(6, layout, schedule)
     key = world.plan(0, mask, 96, 96, 8, 2).key
     for travels in ("kv", "q"):
@@ -492,7 +493,7 @@ def test_traffic_is_what_backward_plans_move(
 
 
 def test_a_world_too_large_to_know_for_many_pieces_is_known_for_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(world_module, "BACKWARD_PIECE_ROWS", 2)
+    monkeypatch.setattr(world_module, "BACKWARD_PIECE_ROWS", 4)
     layout = make_layout("zigzag", 6 * 32, 6)
     key = PlanKey(Mask.causal(), layout, layout, Schedule("double_ring", inner=2), 8, 2, 0, returns=True)
 
@@ -510,28 +511,11 @@ def test_a_world_too_large_to_know_for_many_pieces_is_known_for_fewer(monkeypatc
     assert all(1 <= n < 8 and known for n, known in found[1:-1]), found
 
 
-@pytest.mark.parametrize(
-    ("travels", "kv_heads", "ulysses", "rows"),
-    [
-        ("kv", 32, 1, 2048),
-        ("kv", 8, 1, 2048),
-        ("kv", 6, 1, 2730),
-        ("kv", 4, 1, 4096),
-        ("kv", 1, 1, 4096),
-        ("q", 1, 1, 2048),
-        ("kv", 8, 2, 4096),
-        ("q", 8, 2, 2048),
-        ("kv", 1, 2, 4096),
-    ],
-)
-def test_pieces_of_few_heads_are_longer(travels: str, kv_heads: int, ulysses: int, rows: int) -> None:
-    """A backward call on few keys of few heads has fewer tiles than a GPU multiprocessors."""
-    where = make_layout("zigzag", 65_536, 4 * ulysses)
-    schedule = Schedule("double_ring", inner=2, ulysses=ulysses)
-    heads = {6: 30}.get(kv_heads, 32)
-    key = PlanKey(Mask.causal(), where, where, schedule, heads, kv_heads, 0, travels=travels, returns=True)
-    assert world_module.world_of(key).parts == 16_384 // rows
-    assert world_module.world_of(replace(key, returns=False)).parts == 2
+@pytest.mark.parametrize(("seqlen", "forward", "backward"), [(16_384, 1, 2), (65_536, 2, 8), (131_072, 4, 8), (1 << 20, 4, 8)])
+def test_a_double_ring_cuts_longer_chunks_into_more_pieces(seqlen: int, forward: int, backward: int) -> None:
+    where = make_layout("zigzag", seqlen, 4)
+    key = PlanKey(CAUSAL, where, where, Schedule("double_ring", inner=2), 32, 8, 0)
+    assert [world_module.world_of(replace(key, returns=returns)).parts for returns in (False, True)] == [forward, backward]
 
 
 def test_both_sides_of_a_slow_link_have_as_many_blocks() -> None:
@@ -597,6 +581,8 @@ def test_plans_are_cached() -> None:
     [
         ("spiral", 4, 1, None, "unknown schedule 'spiral'.*ring"),
         ("staged:0", 4, 1, None, "unknown schedule"),
+        ("staged:\u0663", 4, 1, None, "unknown schedule"),
+        (3, 4, 1, None, "unknown schedule '3'"),
         ("ring:2", 4, 1, None, "unknown schedule"),
         ("double_ring:", 4, 1, 2, "unknown schedule.*double_ring:K"),
         ("double_ring:8", 4, 1, None, "inner="),
@@ -611,7 +597,7 @@ def test_plans_are_cached() -> None:
         ("ring", 4, 1, 2, "inner=2 is for"),
     ],
 )
-def test_a_schedule_that_does_not_fit_is_refused(spec: str, world: int, ulysses: int, inner: int | None, message: str) -> None:
+def test_a_schedule_that_does_not_fit_is_refused(spec: Any, world: int, ulysses: int, inner: int | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_schedule(spec, world, ulysses, inner)
 

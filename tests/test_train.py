@@ -94,6 +94,8 @@ def corpus_of(text: Path, seqlen: int = 128, seed: int = 0, validation: float = 
         ("machine.device=tpu", "cpu or cuda"),
         ("parallel.timeout_s=0", "more than 0"),
         ("parallel.schedule=double_ring", "parallel.inner=0 is not possible; it must be the ranks of one fast-linked group"),
+        ("parallel.schedule=double_ring:8", "parallel.inner=0 is not possible; it must be the ranks of one fast-linked group"),
+        ("parallel.schedule=rings", "parallel.schedule='rings' is not possible: unknown schedule 'rings'; allowed are auto"),
         ("parallel.inner=2", "it must be 0 for parallel.schedule=auto"),
         ("parallel.transport=carrier", "auto or p2p"),
         ("parallel.transport=symmetric", "another one with machine=cpu"),
@@ -112,8 +114,9 @@ def test_ranks_that_cannot_be_arranged() -> None:
     config.check_world(options, 8)
     with pytest.raises(ValueError, match=r"6 ranks cannot be arranged.*multiple of 4"):
         config.check_world(options, 6)
-    rings = config.compose([*TINY, "parallel.schedule=double_ring", "parallel.inner=2"])
-    config.check_world(rings, 4)
+    for schedule in ("double_ring", "double_ring:8"):
+        rings = config.compose([*TINY, f"parallel.schedule={schedule}", "parallel.inner=2"])
+        config.check_world(rings, 4)
     with pytest.raises(ValueError, match="inner=2 does not divide the 3 ranks"):
         config.check_world(rings, 3)
 

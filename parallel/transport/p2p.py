@@ -18,10 +18,10 @@ from ringflash.parallel.watchdog import reached, watch
 
 FAR_CTAS = 2
 """Multiprocessors that NCCL may take for one lane over slow links: as many channels as it uses towards a peer on another host by
-itself, with one adapter (2.28, ncclTopoGetNchannels). Attention kernels leave them free, since they keep all others until a step
-is over: a transfer that becomes ready meanwhile would wait so long, and its link be idle. Two emulated hosts, 64k tokens, 32 key
-heads: backward 1.06 and 1.07 of the time of the bytes with 2, 1.09 and 1.13 with 4, 1.17 with 8; 8 key heads 1.10 to 1.11 with
-any."""
+itself (2.28, ncclTopoGetNchannels), where a GPU has one or two adapters. Attention kernels leave them free, since they keep all
+others until a step is over: a transfer that becomes ready meanwhile would wait so long, and its link be idle. Read over sockets
+at 8 Gbit/s only, backward, one after the other, with 2, 4 and 8: 1.06, 1.13, 1.17 of the time of the bytes with 32 key heads (in
+other runs up to 1.11 with 2, from 1.09 with 4), 1.10 with 8 key heads, whatever the number."""
 
 FarGroups = dict[str, dist.ProcessGroup]
 
