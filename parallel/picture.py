@@ -13,11 +13,12 @@ import numpy as np
 import numpy.typing as npt
 
 from ringflash.mask import Mask, overlaps
-from ringflash.parallel.context import Sharding
-from ringflash.parallel.cost import Forecast, PassForecast, mask_text, predict_all, size_text, time_text
+from ringflash.parallel.cost import Forecast, PassForecast, predict_all
+from ringflash.parallel.explain import mask_text, size_text, time_text
 from ringflash.parallel.layout import Layout
 from ringflash.parallel.memory import Shape
 from ringflash.parallel.plan import steps_of
+from ringflash.parallel.sharding import Sharding
 from ringflash.parallel.tables import Tables, for_schedule, measured
 from ringflash.slices import IntArray, area, tighten
 

@@ -178,7 +178,8 @@ class Plan:
         takes_delta: of the kernel, as for ``backward``; the text says so where it matters. deterministic: of the call; the memory
         is that of such gradients.
         """
-        from ringflash.parallel.cost import explain, predict
+        from ringflash.parallel.cost import predict
+        from ringflash.parallel.explain import explain
         from ringflash.parallel.tables import measured
 
         tables = measured(device)

@@ -203,8 +203,8 @@ def _plan(options: argparse.Namespace) -> int:
 def _explained(
     plan: Plan, forecast: Forecast, options: argparse.Namespace, world: SimulatedWorld, tables: Tables, seqlen: int
 ) -> str:
-    from ringflash.parallel.context import STAGE_TOKENS
-    from ringflash.parallel.cost import explain
+    from ringflash.parallel.explain import explain
+    from ringflash.parallel.sharding import STAGE_TOKENS
 
     chosen = ""
     if options.schedule == "auto":
@@ -263,7 +263,7 @@ def _ranks(text: str, world: int) -> list[int]:
 
 def _summary(forecasts: Sequence[Forecast], tables: Tables) -> str:
     """One line a rank."""
-    from ringflash.parallel.cost import count_text, size_text, time_text, travels_text
+    from ringflash.parallel.explain import count_text, size_text, time_text, travels_text
 
     head = ["rank", "tokens", "steps", "slices", "pairs", "in", "out", "forward", "waiting", "backward", "waiting", "memory"]
     rows = [head]

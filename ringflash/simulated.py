@@ -11,9 +11,9 @@ from torch import Tensor
 from ringflash.api import check, demand, kernel_for, row_major
 from ringflash.autograd import Attention, Job
 from ringflash.mask import Mask
-from ringflash.parallel.context import Sharding, take
 from ringflash.parallel.layout import Layout
 from ringflash.parallel.schedule import Schedule
+from ringflash.parallel.sharding import Sharding, take
 from ringflash.parallel.transport.simulated import Mailbox, Simulated
 
 

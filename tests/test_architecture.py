@@ -16,6 +16,7 @@ ORDER = (
     "ringflash.mask",
     "ringflash.parallel.layout",
     "ringflash.parallel.plan",
+    "ringflash.parallel.sharding",
     "ringflash.parallel.transport",
     "ringflash.parallel.heads",
     "ringflash.autograd",

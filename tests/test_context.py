@@ -17,8 +17,8 @@ import torch.distributed as dist
 from ringflash import ContextParallel, Mask, attention
 from ringflash.kernels import State, hopper, leaving, reference
 from ringflash.kernels.reference import Reference
-from ringflash.parallel.context import STAGE_TOKENS
 from ringflash.parallel.schedule import Schedule
+from ringflash.parallel.sharding import STAGE_TOKENS
 from ringflash.parallel.transport import Transport
 from ringflash.parallel.transport.p2p import FAR_CTAS, P2P
 from ringflash.parallel.transport.symmetric import Symmetric

@@ -13,7 +13,8 @@ import torch
 from ringflash import SimulatedWorld
 from ringflash.mask import Mask
 from ringflash.parallel import tables
-from ringflash.parallel.cost import Forecast, explain, predict, predict_all
+from ringflash.parallel.cost import Forecast, predict, predict_all
+from ringflash.parallel.explain import explain
 from ringflash.parallel.memory import Shape
 from ringflash.parallel.plan import Plan, make_plan
 from ringflash.parallel.schedule import Schedule
