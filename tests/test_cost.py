@@ -268,13 +268,14 @@ def test_the_copies_of_an_exchange_are_not_hidden() -> None:
 
 
 @pytest.mark.parametrize(
-    ("ranks", "schedule", "seqlen"),
-    [(3, Schedule("ring", head_groups=2), 96), (4, Schedule("double_ring", inner=2, head_groups=2), 32_768)],
+    ("ranks", "schedule", "seqlen", "kv_heads"),
+    [(3, Schedule("ring", head_groups=2), 96, 2), (4, Schedule("double_ring", inner=2, head_groups=2), 32_768, 8)],
     ids=str,
 )
-def test_groups_without_an_exchange_come_one_after_the_other(ranks: int, schedule: Schedule, seqlen: int) -> None:
+def test_groups_without_an_exchange_come_one_after_the_other(ranks: int, schedule: Schedule, seqlen: int, kv_heads: int) -> None:
+    """Each with the steps of the whole: a double ring's pieces do not depend on heads."""
     world = SimulatedWorld(ranks, "zigzag", schedule)
-    some = [world.plan(rank, Mask.causal(), seqlen, seqlen, 4, 2) for rank in range(ranks)]
+    some = [world.plan(rank, Mask.causal(), seqlen, seqlen, 2 * kv_heads, kv_heads) for rank in range(ranks)]
     other = [make_plan(plan.key.of_one_group(2)) for plan in some]
     for whole, part in zip(*(predict_all(of, DEVICE, LINK, Shape(1, 16, 16, 2)) for of in (some, other)), strict=True):
         assert whole.forward.total_s == pytest.approx(2 * part.forward.total_s)
@@ -282,6 +283,8 @@ def test_groups_without_an_exchange_come_one_after_the_other(ranks: int, schedul
             assert len(a.groups) == 2 and len(a.flights) == 2 * len(b.flights)
             assert a.compute_s == pytest.approx(2 * b.compute_s) and a.total_s == pytest.approx(a.compute_s + a.exposed_s)
         assert [s.bytes_in for s in whole.steps] == [2 * s.bytes_in for s in part.steps]
+        assert [s.home_in for s in whole.backward_steps] == [2 * s.home_in for s in part.backward_steps]
+        assert len(whole.backward_steps) == len(whole.backward.steps)
         assert whole.flop(True) == 2 * part.flop(True) and whole.areas == tuple(2 * area for area in part.areas)
 
 
